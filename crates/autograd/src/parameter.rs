@@ -1,0 +1,118 @@
+//! Parameters in flat arenas: one allocation for all values, one for all gradients.
+//!
+//! The optimizer, the global norm, checkpoints and gradient reduction work on contiguous ranges instead of hundreds of
+//! small tensors, and a weight gradient is accumulated by the matrix product straight into its place.
+
+use crate::error::Result;
+use std::ops::Range;
+use stickbreak_tensor::{DType, Shape, Tensor};
+
+/// Names a parameter within its arena: its position in the order of registration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ParameterId(pub usize);
+
+/// A trainable tensor: views of its value and of its gradient in the arena. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Parameter {
+    /// Its name within the arena.
+    pub id: ParameterId,
+    /// The value.
+    pub value: Tensor,
+    /// The gradient, to which every backward pass adds.
+    pub gradient: Tensor,
+}
+
+/// Where a parameter lies in its arena.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ArenaEntry {
+    /// Full name, such as `model.layers.0.mlp.up_proj.weight`.
+    pub name: String,
+    /// Shape of the value.
+    pub shape: Shape,
+    /// Elements of the arena that it takes.
+    pub range: Range<usize>,
+}
+
+/// All parameters of a model, their values and gradients flat and parallel to each other.
+#[derive(Debug, Clone)]
+pub struct ParameterArena {
+    entries: Vec<ArenaEntry>,
+    values: Tensor,
+    gradients: Tensor,
+}
+
+/// Collects names and shapes, then allocates the arena.
+#[derive(Debug, Default)]
+pub struct ArenaBuilder {
+    entries: Vec<ArenaEntry>,
+    length: usize,
+}
+
+/// Parameters start at multiples of this many elements, so that vector loads and bulk copies stay aligned on a GPU.
+/// The gap elements are zero and stay zero under AdamW.
+const ALIGNMENT: usize = 64;
+
+impl ArenaBuilder {
+    /// Reserves room for a parameter.
+    pub fn add(&mut self, name: impl Into<String>, shape: impl Into<Shape>) -> ParameterId {
+        let (name, shape) = (name.into(), shape.into());
+        let start = self.length;
+        self.length = (start + shape.elements()).next_multiple_of(ALIGNMENT);
+        self.entries.push(ArenaEntry { name, range: start..start + shape.elements(), shape });
+        ParameterId(self.entries.len() - 1)
+    }
+
+    /// Allocates the arena, all zeros.
+    pub fn build(self, dtype: DType) -> ParameterArena {
+        ParameterArena {
+            entries: self.entries,
+            values: Tensor::zeros([self.length], dtype),
+            gradients: Tensor::zeros([self.length], dtype),
+        }
+    }
+}
+
+impl ParameterArena {
+    /// Names, shapes and places, in the order of registration.
+    pub fn entries(&self) -> &[ArenaEntry] {
+        &self.entries
+    }
+
+    /// All values, `[n]`; gaps between parameters are zero.
+    pub fn values(&self) -> &Tensor {
+        &self.values
+    }
+
+    /// All gradients, `[n]`.
+    pub fn gradients(&self) -> &Tensor {
+        &self.gradients
+    }
+
+    /// Sets every gradient to zero.
+    pub fn zero_gradients(&self) -> Result<()> {
+        Ok(self.gradients.fill_assign(0.0)?)
+    }
+
+    /// The parameter with this id.
+    ///
+    /// # Errors
+    /// If the arena has no such parameter.
+    pub fn parameter(&self, id: ParameterId) -> Result<Parameter> {
+        let range = self.entries.get(id.0).map_or(usize::MAX..usize::MAX, |e| e.range.clone());
+        let shape = self.entries.get(id.0).map(|e| e.shape.clone()).unwrap_or_default();
+        let view = |arena: &Tensor| arena.narrow(0, range.start, range.len())?.reshape(&shape);
+        Ok(Parameter { id, value: view(&self.values)?, gradient: view(&self.gradients)? })
+    }
+
+    /// All parameters with their entries, in the order of registration.
+    pub fn iter(&self) -> impl Iterator<Item = (&ArenaEntry, Parameter)> {
+        self.entries.iter().enumerate().map(|(i, entry)| {
+            (entry, self.parameter(ParameterId(i)).expect("an entry's own range lies inside the arena"))
+        })
+    }
+
+    /// Number of parameters, the gaps left out.
+    pub fn parameter_count(&self) -> usize {
+        self.entries.iter().map(|e| e.range.len()).sum()
+    }
+}

@@ -1,0 +1,334 @@
+//! The tape: what ran, in order, and the loop that runs it backwards.
+
+use crate::error::{AutogradError, Result};
+use crate::parameter::{Parameter, ParameterId};
+use crate::var::Var;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use stickbreak_tensor::{DType, Shape, Tensor};
+
+/// A differentiable op after its forward pass: exactly what its backward needs.
+///
+/// `backward` takes the op by value, so whatever it saved is freed as soon as it has run.
+pub trait Op {
+    /// The op's name in the registry.
+    fn name(&self) -> &'static str;
+
+    /// Given the gradients of the outputs, adds the gradients of the inputs to `sink`.
+    fn backward(self: Box<Self>, outputs: OutputGradients, sink: &mut Sink<'_>) -> Result<()>;
+}
+
+/// The gradients of an op's outputs; one that nothing depended on is absent.
+pub struct OutputGradients {
+    gradients: Vec<Option<Tensor>>,
+}
+
+impl OutputGradients {
+    /// The gradient of the only output.
+    pub fn single(mut self) -> Tensor {
+        debug_assert_eq!(self.gradients.len(), 1);
+        self.take(0).expect("backward is called only if some output has a gradient")
+    }
+
+    /// The gradient of output `index`, or `None` if nothing depended on it.
+    pub fn take(&mut self, index: usize) -> Option<Tensor> {
+        self.gradients[index].take()
+    }
+}
+
+/// Index of a gradient on the tape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Slot(pub(crate) usize);
+
+/// Where the gradient of one tracked value is gathered.
+pub(crate) struct SlotState {
+    pub(crate) shape: Shape,
+    dtype: DType,
+    gradient: Option<Tensor>,
+    /// A parameter's gradient lies in its arena instead.
+    pub(crate) parameter: Option<Parameter>,
+    /// Recorded ops that take this value and whose backward has not run yet.
+    pending_uses: usize,
+}
+
+pub(crate) struct Node {
+    pub(crate) name: &'static str,
+    pub(crate) inputs: Vec<Option<Slot>>,
+    pub(crate) outputs: Vec<Slot>,
+    op: Option<Box<dyn Op>>,
+}
+
+/// The record of one step.
+pub struct Tape {
+    recording: bool,
+    pub(crate) nodes: RefCell<Vec<Node>>,
+    pub(crate) slots: RefCell<Vec<SlotState>>,
+    parameters: RefCell<HashMap<ParameterId, Slot>>,
+    /// Parameters that were used although nothing is recorded; see [`crate::checkpoint`].
+    used_parameters: RefCell<Vec<Parameter>>,
+}
+
+impl Default for Tape {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Tape {
+    /// A tape that records.
+    pub fn new() -> Self {
+        Self::with_recording(true)
+    }
+
+    /// A tape that records nothing: every variable on it is a constant and ops save nothing. For evaluation.
+    pub fn without_gradients() -> Self {
+        Self::with_recording(false)
+    }
+
+    fn with_recording(recording: bool) -> Self {
+        Self {
+            recording,
+            nodes: RefCell::default(),
+            slots: RefCell::default(),
+            parameters: RefCell::default(),
+            used_parameters: RefCell::default(),
+        }
+    }
+
+    /// Number of ops recorded so far.
+    pub fn len(&self) -> usize {
+        self.nodes.borrow().len()
+    }
+
+    /// Whether nothing is recorded.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn new_slot(&self, value: &Tensor, parameter: Option<Parameter>) -> Slot {
+        let mut slots = self.slots.borrow_mut();
+        let (shape, dtype) = (value.shape().clone(), value.dtype());
+        slots.push(SlotState { shape, dtype, gradient: None, parameter, pending_uses: 0 });
+        Slot(slots.len() - 1)
+    }
+
+    /// A value through which no gradient flows.
+    pub fn constant(&self, value: Tensor) -> Var<'_> {
+        Var { tape: self, value, slot: None }
+    }
+
+    /// A value whose gradient can be asked for after [`backward`](Self::backward).
+    pub fn input(&self, value: Tensor) -> Var<'_> {
+        let slot = self.recording.then(|| self.new_slot(&value, None));
+        Var { tape: self, value, slot }
+    }
+
+    /// A parameter; every use on this tape adds to its gradient in the arena.
+    pub fn parameter(&self, parameter: &Parameter) -> Var<'_> {
+        let value = parameter.value.clone();
+        if !self.recording {
+            let mut used = self.used_parameters.borrow_mut();
+            if used.iter().all(|p| p.id != parameter.id) {
+                used.push(parameter.clone());
+            }
+            return self.constant(value);
+        }
+        let known = self.parameters.borrow().get(&parameter.id).copied();
+        let slot = known.unwrap_or_else(|| {
+            let slot = self.new_slot(&value, Some(parameter.clone()));
+            self.parameters.borrow_mut().insert(parameter.id, slot);
+            slot
+        });
+        Var { tape: self, value, slot: Some(slot) }
+    }
+
+    pub(crate) fn used_parameters(&self) -> Vec<Parameter> {
+        self.used_parameters.borrow().clone()
+    }
+
+    /// Records an op that has run: the only way to make a tracked variable that is not a leaf.
+    ///
+    /// If no input is tracked the outputs are constants and the op, with all it saved, is dropped.
+    pub fn record<'t, const N: usize>(
+        &'t self,
+        op: impl Op + 'static,
+        inputs: &[&Var<'t>],
+        outputs: [Tensor; N],
+    ) -> [Var<'t>; N] {
+        if !inputs.iter().any(|v| v.is_tracked()) {
+            return outputs.map(|value| self.constant(value));
+        }
+        let inputs: Vec<Option<Slot>> = inputs.iter().map(|v| v.slot).collect();
+        for slot in inputs.iter().flatten() {
+            self.slots.borrow_mut()[slot.0].pending_uses += 1;
+        }
+        let outputs = outputs.map(|value| {
+            let slot = Some(self.new_slot(&value, None));
+            Var { tape: self, value, slot }
+        });
+        let output_slots = outputs.iter().filter_map(|v| v.slot).collect();
+        let mut nodes = self.nodes.borrow_mut();
+        nodes.push(Node { name: op.name(), inputs, outputs: output_slots, op: Some(Box::new(op)) });
+        outputs
+    }
+
+    /// Gradients of a loss of one element.
+    ///
+    /// # Errors
+    /// If the loss has more elements or depends on nothing tracked, or an op's backward fails.
+    pub fn backward(&self, loss: &Var<'_>) -> Result<Gradients> {
+        self.backward_with(loss, 1.0, &mut |_| {})
+    }
+
+    /// Gradients of `scale * loss`. `ready` is called once for each parameter on the tape, as soon as its gradient is
+    /// complete: the seam at which gradients are sent to other ranks while the backward pass goes on.
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward).
+    pub fn backward_with(&self, loss: &Var<'_>, scale: f64, ready: &mut dyn FnMut(ParameterId)) -> Result<Gradients> {
+        if loss.value.elements() != 1 {
+            return Err(AutogradError::NotScalar { shape: loss.shape().clone() });
+        }
+        let seed = Tensor::full(scale, loss.shape(), loss.dtype());
+        self.backward_from(&[(loss, seed)], ready)
+    }
+
+    /// Vector-Jacobian product: starts from the given gradients of several variables.
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward).
+    pub fn backward_from(&self, seeds: &[(&Var<'_>, Tensor)], ready: &mut dyn FnMut(ParameterId)) -> Result<Gradients> {
+        if !seeds.iter().any(|(var, _)| var.is_tracked()) {
+            return Err(AutogradError::Untracked);
+        }
+        let mut slots = self.slots.borrow_mut();
+        for (index, (var, gradient)) in seeds.iter().enumerate() {
+            let inputs = [var.slot];
+            Sink { op: "seed", inputs: &inputs, slots: &mut slots }.add(0, gradient.clone()).map_err(|e| match e {
+                AutogradError::GradientShape { op, expected, found, .. } => {
+                    AutogradError::GradientShape { op, input: index, expected, found }
+                }
+                other => other,
+            })?;
+        }
+        // Creation order is topological, so one loop from the end sees every op after all ops that use its outputs.
+        let nodes = std::mem::take(&mut *self.nodes.borrow_mut());
+        for mut node in nodes.into_iter().rev() {
+            let gradients: Vec<_> = node.outputs.iter().map(|slot| slots[slot.0].gradient.take()).collect();
+            if let Some(op) = node.op.take().filter(|_| gradients.iter().any(Option::is_some)) {
+                let mut sink = Sink { op: node.name, inputs: &node.inputs, slots: &mut slots };
+                op.backward(OutputGradients { gradients }, &mut sink)
+                    .map_err(|e| AutogradError::Backward { op: node.name, source: Box::new(e) })?;
+            }
+            for slot in node.inputs.iter().flatten() {
+                let state = &mut slots[slot.0];
+                state.pending_uses -= 1;
+                if let (0, Some(parameter)) = (state.pending_uses, &state.parameter) {
+                    ready(parameter.id);
+                }
+            }
+        }
+        let gradients = slots.iter_mut().map(|state| state.gradient.take()).collect();
+        Ok(Gradients { gradients })
+    }
+}
+
+/// The gradients of the inputs of a tape, after the backward pass.
+pub struct Gradients {
+    gradients: Vec<Option<Tensor>>,
+}
+
+impl Gradients {
+    /// The gradient of a variable made by [`Tape::input`]; `None` if the loss did not depend on it.
+    pub fn get(&self, var: &Var<'_>) -> Option<&Tensor> {
+        self.gradients.get(var.slot?.0)?.as_ref()
+    }
+}
+
+/// Takes the gradients of one op's inputs.
+pub struct Sink<'a> {
+    op: &'static str,
+    inputs: &'a [Option<Slot>],
+    slots: &'a mut [SlotState],
+}
+
+/// Memory to add a gradient to; see [`Sink::buffer`].
+pub struct GradientBuffer {
+    /// Contiguous, of the input's shape, shared with nothing that is still read.
+    pub tensor: Tensor,
+    /// Whether its contents are unspecified and have to be overwritten instead of added to.
+    pub is_new: bool,
+}
+
+impl Sink<'_> {
+    /// Whether input `index` needs a gradient.
+    pub fn wants(&self, index: usize) -> bool {
+        self.inputs[index].is_some()
+    }
+
+    /// The mask of the first `N` inputs.
+    pub fn wanted<const N: usize>(&self) -> [bool; N] {
+        std::array::from_fn(|index| self.wants(index))
+    }
+
+    /// Adds a gradient for input `index`; ignored if that input needs none.
+    ///
+    /// # Errors
+    /// If its shape is not the input's.
+    pub fn add(&mut self, index: usize, gradient: Tensor) -> Result<()> {
+        let Some(slot) = self.inputs[index] else { return Ok(()) };
+        let state = &mut self.slots[slot.0];
+        if *gradient.shape() != state.shape {
+            let (expected, found) = (state.shape.clone(), gradient.shape().clone());
+            return Err(AutogradError::GradientShape { op: self.op, input: index, expected, found });
+        }
+        if let Some(parameter) = &state.parameter {
+            return Ok(parameter.gradient.add_assign_scaled(1.0, &gradient)?);
+        }
+        state.gradient = Some(match state.gradient.take() {
+            None => gradient,
+            // A gradient may be shared (an addition hands the same one to both sides): write only into what is ours.
+            Some(sum) if sum.is_unique() && sum.is_contiguous() => {
+                sum.add_assign_scaled(1.0, &gradient)?;
+                sum
+            }
+            Some(sum) => sum.add(&gradient)?,
+        });
+        Ok(())
+    }
+
+    /// Adds an optional gradient, as backward kernels return them.
+    pub fn add_option(&mut self, index: usize, gradient: Option<Tensor>) -> Result<()> {
+        gradient.map_or(Ok(()), |gradient| self.add(index, gradient))
+    }
+
+    /// Memory of input `index`'s gradient for a kernel that accumulates in place (a matrix product with beta = 1):
+    /// a parameter's place in the arena, or the sum so far, or new memory. The input must be wanted.
+    ///
+    /// # Errors
+    /// If the input needs no gradient.
+    pub fn buffer(&mut self, index: usize) -> Result<GradientBuffer> {
+        let slot = self.inputs[index].ok_or(AutogradError::Untracked)?;
+        let state = &mut self.slots[slot.0];
+        if let Some(parameter) = &state.parameter {
+            return Ok(GradientBuffer { tensor: parameter.gradient.clone(), is_new: false });
+        }
+        let is_new = state.gradient.is_none();
+        let tensor = match state.gradient.take() {
+            None => Tensor::empty(&state.shape, state.dtype),
+            Some(sum) if sum.is_unique() && sum.is_contiguous() => sum,
+            Some(sum) => sum.copy(),
+        };
+        state.gradient = Some(tensor.clone());
+        Ok(GradientBuffer { tensor, is_new })
+    }
+
+    /// Adds the matrix product `a b` as the gradient of input `index`, without a temporary; ignored if it needs none.
+    pub fn add_matmul(&mut self, index: usize, a: &Tensor, b: &Tensor) -> Result<()> {
+        if self.wants(index) {
+            let buffer = self.buffer(index)?;
+            buffer.tensor.matmul_assign(1.0, a, b, if buffer.is_new { 0.0 } else { 1.0 })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,256 @@
+//! Continuing a prompt, with a cache of keys and values.
+//!
+//! The prompt goes through the blocks in one pass, then one token at a time: through the same [`Block`] code as in
+//! training, only with an attention that reads the cache.
+
+use crate::error::{ModelError, Result};
+use crate::transformer::{AttentionSettings, Block, Packing, Transformer};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::sync::Arc;
+use stickbreak_autograd::{Tape, Var};
+use stickbreak_tensor::Tensor;
+use stickbreak_tensor::ops::attention;
+
+/// How the next token is chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// Divides the logits; 0 always takes the most likely token.
+    pub temperature: f64,
+    /// Only the k most likely tokens; 0 takes all.
+    pub top_k: usize,
+    /// Only the most likely tokens that together reach this probability; 1 takes all.
+    pub top_p: f64,
+    /// Seed of the random choices: the same seed, the same text.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 0 }
+    }
+}
+
+impl Sampling {
+    fn validate(&self) -> Result<()> {
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            return Err(ModelError::Generate(format!("temperature = {} must be 0 or more", self.temperature)));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(ModelError::Generate(format!("top_p = {} must be above 0 and at most 1", self.top_p)));
+        }
+        Ok(())
+    }
+
+    /// Chooses a token from logits; ties go to the smaller id.
+    fn choose(&self, logits: &[f64], rng: &mut ChaCha8Rng) -> u32 {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+        if self.temperature == 0.0 {
+            return order[0] as u32;
+        }
+        if self.top_k > 0 {
+            order.truncate(self.top_k);
+        }
+        let largest = logits[order[0]];
+        let weights: Vec<f64> = order.iter().map(|&i| ((logits[i] - largest) / self.temperature).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let mut kept = 0.0;
+        let mut count = 0;
+        // Always at least one token, up to the first that reaches top_p.
+        while count < weights.len() && (count == 0 || kept < self.top_p * total) {
+            kept += weights[count];
+            count += 1;
+        }
+        let mut remaining = kept * ((rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64);
+        for (&token, &weight) in order.iter().zip(&weights).take(count) {
+            remaining -= weight;
+            if remaining < 0.0 {
+                return token as u32;
+            }
+        }
+        order[count - 1] as u32
+    }
+}
+
+/// Keys and values of one layer, `[capacity, Hkv, D]`, of which the first `len` tokens are there.
+struct LayerCache {
+    key: Tensor,
+    value: Tensor,
+}
+
+/// A model in the middle of a text: the cache of the tokens so far and the logits of the next one.
+pub struct Generator<'m> {
+    model: &'m Transformer,
+    settings: AttentionSettings,
+    layers: Vec<LayerCache>,
+    capacity: usize,
+    len: usize,
+    logits: Vec<f64>,
+}
+
+impl<'m> Generator<'m> {
+    /// Runs the prompt through the model.
+    ///
+    /// # Errors
+    /// If the prompt is empty or holds an id outside of the vocabulary.
+    pub fn new(model: &'m Transformer, prompt: &[u32]) -> Result<Self> {
+        if prompt.is_empty() {
+            return Err(ModelError::Generate("the prompt is empty; give at least the end-of-text token".into()));
+        }
+        let settings = AttentionSettings::new(model.config());
+        let mut generator = Self { model, settings, layers: Vec::new(), capacity: 0, len: 0, logits: Vec::new() };
+        generator.reserve(prompt.len())?;
+        generator.prefill(prompt)?;
+        Ok(generator)
+    }
+
+    /// Tokens in the cache.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no token is in the cache; never true after [`new`](Self::new).
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Logits of the token that comes next, one for each id.
+    pub fn logits(&self) -> &[f64] {
+        &self.logits
+    }
+
+    /// Makes room for `tokens` tokens, at least doubling, so that copying stays a constant cost per token.
+    fn reserve(&mut self, tokens: usize) -> Result<()> {
+        if tokens <= self.capacity {
+            return Ok(());
+        }
+        let config = self.model.config();
+        let capacity = tokens.max(2 * self.capacity).next_multiple_of(64);
+        let shape = [capacity, config.kv_heads(), config.head_dim()];
+        let dtype = self.model.arena().values().dtype();
+        let mut layers = Vec::new();
+        for layer in 0..config.num_layers {
+            let new = LayerCache { key: Tensor::zeros(shape, dtype), value: Tensor::zeros(shape, dtype) };
+            if let Some(old) = self.layers.get(layer) {
+                new.key.narrow(0, 0, self.len)?.copy_assign(&old.key.narrow(0, 0, self.len)?)?;
+                new.value.narrow(0, 0, self.len)?.copy_assign(&old.value.narrow(0, 0, self.len)?)?;
+            }
+            layers.push(new);
+        }
+        (self.layers, self.capacity) = (layers, capacity);
+        Ok(())
+    }
+
+    fn prefill(&mut self, prompt: &[u32]) -> Result<()> {
+        let packing = Packing::single(prompt.len())?;
+        let positions = packing.positions().clone();
+        self.run(prompt, &positions, |settings, layer, q, k, v| {
+            layer.key.narrow(0, 0, prompt.len())?.copy_assign(k.value())?;
+            layer.value.narrow(0, 0, prompt.len())?.copy_assign(v.value())?;
+            settings.attend(q, k, v, packing.cu_seqlens())
+        })
+    }
+
+    /// Appends a token and computes the logits of the next one.
+    ///
+    /// # Errors
+    /// If the id is outside of the vocabulary.
+    pub fn push(&mut self, token: u32) -> Result<()> {
+        self.reserve(self.len + 1)?;
+        let position = self.len;
+        let positions = Tensor::from_vec(vec![position as u32], [1])?;
+        self.run(&[token], &positions, |settings, layer, q, k, v| {
+            layer.key.narrow(0, position, 1)?.copy_assign(k.value())?;
+            layer.value.narrow(0, position, 1)?.copy_assign(v.value())?;
+            settings.decode(q, &layer.key.narrow(0, 0, position + 1)?, &layer.value.narrow(0, 0, position + 1)?)
+        })
+    }
+
+    /// Chooses the next token from the current logits.
+    ///
+    /// # Errors
+    /// If the sampling options make no sense.
+    pub fn sample(&self, sampling: &Sampling, rng: &mut ChaCha8Rng) -> Result<u32> {
+        sampling.validate()?;
+        Ok(sampling.choose(&self.logits, rng))
+    }
+
+    /// Runs new tokens through all blocks with `attend` as attention, and keeps the last token's logits.
+    fn run(
+        &mut self,
+        tokens: &[u32],
+        positions: &Tensor,
+        mut attend: impl for<'t> FnMut(
+            &AttentionSettings,
+            &LayerCache,
+            &Var<'t>,
+            &Var<'t>,
+            &Var<'t>,
+        ) -> Result<(Var<'t>, Option<Var<'t>>)>,
+    ) -> Result<()> {
+        let tape = Tape::without_gradients();
+        let ids = Tensor::from_slice(tokens, [tokens.len()])?;
+        let mut x = self.model.embed(&tape, &ids)?;
+        for (block, layer) in self.model.blocks().iter().zip(&self.layers) {
+            let block: &Arc<Block> = block;
+            x = block.forward_with(&x, positions, &mut |q, k, v| attend(&self.settings, layer, q, k, v))?;
+        }
+        let last = tape.constant(x.value().narrow(0, tokens.len() - 1, 1)?);
+        let hidden = self.model.final_norm(&last)?;
+        self.logits = self.model.logits(hidden.value())?.to_f64_vec();
+        self.len += tokens.len();
+        Ok(())
+    }
+}
+
+impl AttentionSettings {
+    /// One query `[1, Hq, D]` against the cache `[len, Hkv, D]`, whose last row is the query's own token.
+    fn decode<'t>(&self, q: &Var<'t>, keys: &Tensor, values: &Tensor) -> Result<(Var<'t>, Option<Var<'t>>)> {
+        let tape = q.tape();
+        Ok(match self {
+            Self::StickBreaking(settings) => {
+                let (o, rem) = attention::stick_breaking_decode(q.value(), keys, values, *settings)?;
+                (tape.constant(o), Some(tape.constant(rem)))
+            }
+            Self::Softmax(settings) => {
+                (tape.constant(attention::softmax_decode(q.value(), keys, values, settings)?), None)
+            }
+        })
+    }
+}
+
+impl Transformer {
+    /// Continues `prompt` by up to `max_tokens` tokens, or until `stop` is drawn (it is not returned). `on_token` sees
+    /// each token as it comes and may end the text early by returning false.
+    ///
+    /// # Errors
+    /// If the prompt or the sampling options make no sense.
+    pub fn generate(
+        &self,
+        prompt: &[u32],
+        max_tokens: usize,
+        sampling: &Sampling,
+        stop: Option<u32>,
+        mut on_token: impl FnMut(u32) -> bool,
+    ) -> Result<Vec<u32>> {
+        sampling.validate()?;
+        let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
+        let mut generator = Generator::new(self, prompt)?;
+        let mut out = Vec::new();
+        while out.len() < max_tokens {
+            let token = generator.sample(sampling, &mut rng)?;
+            if Some(token) == stop {
+                break;
+            }
+            out.push(token);
+            if !on_token(token) {
+                break;
+            }
+            if out.len() < max_tokens {
+                generator.push(token)?;
+            }
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,115 @@
+//! Element-wise ops with broadcasting.
+
+use super::{BinaryOp, UnaryOp, expect_shape, not_aliased, same_dtype};
+use crate::tensor::for_float;
+use crate::{Result, Tensor};
+use stickbreak_kernels::Float;
+use stickbreak_kernels::elementwise::{Strided, cpu};
+
+impl Tensor {
+    /// Applies a function to every element.
+    pub fn unary(&self, op: UnaryOp) -> Result<Tensor> {
+        let out = Tensor::empty(self.shape(), self.dtype());
+        for_float!("unary", self.dtype(), T => {
+            let data = self.read::<T>()?;
+            let x = Strided { data: &data, strides: self.strides() };
+            Ok(cpu::unary(op, self.shape(), x, &mut out.expect_write::<T>())?)
+        })?;
+        Ok(out)
+    }
+
+    /// Combines two tensors element by element, broadcasting both to one shape.
+    pub fn binary(&self, op: BinaryOp, other: &Tensor) -> Result<Tensor> {
+        let name = match op {
+            BinaryOp::Add => "add",
+            BinaryOp::Subtract => "sub",
+            BinaryOp::Multiply => "mul",
+            BinaryOp::Divide => "div",
+        };
+        same_dtype(name, "right side", self.dtype(), other)?;
+        let shape = self.shape().broadcast(other.shape(), name)?;
+        let (left, right) = (self.broadcast_strides(&shape), other.broadcast_strides(&shape));
+        let out = Tensor::empty(&shape, self.dtype());
+        for_float!(name, self.dtype(), T => {
+            let (a, b) = (self.read::<T>()?, other.read::<T>()?);
+            let a = Strided { data: &a, strides: &left };
+            let b = Strided { data: &b, strides: &right };
+            Ok(cpu::binary(op, &shape, a, b, &mut out.expect_write::<T>())?)
+        })?;
+        Ok(out)
+    }
+
+    /// Sum, with broadcasting.
+    pub fn add(&self, other: &Tensor) -> Result<Tensor> {
+        self.binary(BinaryOp::Add, other)
+    }
+
+    /// Difference, with broadcasting.
+    pub fn sub(&self, other: &Tensor) -> Result<Tensor> {
+        self.binary(BinaryOp::Subtract, other)
+    }
+
+    /// Product, with broadcasting.
+    pub fn mul(&self, other: &Tensor) -> Result<Tensor> {
+        self.binary(BinaryOp::Multiply, other)
+    }
+
+    /// Quotient, with broadcasting.
+    pub fn div(&self, other: &Tensor) -> Result<Tensor> {
+        self.binary(BinaryOp::Divide, other)
+    }
+
+    /// `scale * self + shift`.
+    pub fn affine(&self, scale: f64, shift: f64) -> Result<Tensor> {
+        self.unary(UnaryOp::Affine { scale, shift })
+    }
+
+    /// `self += alpha * x`, in place, for an `x` of this shape. This tensor may be a strided view.
+    ///
+    /// # Errors
+    /// If the shapes or dtypes differ, or `x` shares this tensor's storage.
+    pub fn add_assign_scaled(&self, alpha: f64, x: &Tensor) -> Result<()> {
+        const OP: &str = "add_assign_scaled";
+        same_dtype(OP, "x", self.dtype(), x)?;
+        expect_shape(OP, "x", x, self.shape())?;
+        not_aliased(OP, "x", self, x)?;
+        for_float!(OP, self.dtype(), T => {
+            let data = x.read::<T>()?;
+            let view = Strided { data: &data, strides: x.strides() };
+            let mut out = self.write_strided::<T>();
+            Ok(cpu::accumulate(self.shape(), T::from_f64(alpha), view, &mut out, self.strides())?)
+        })
+    }
+
+    /// Sets every element of a contiguous tensor, in place.
+    pub fn fill_assign(&self, value: f64) -> Result<()> {
+        for_float!("fill_assign", self.dtype(), T => {
+            self.write::<T>()?.fill(T::from_f64(value));
+            Ok(())
+        })
+    }
+
+    /// Multiplies every element of a contiguous tensor, in place.
+    pub fn scale_assign(&self, factor: f64) -> Result<()> {
+        for_float!("scale_assign", self.dtype(), T => {
+            cpu::scale_in_place(T::from_f64(factor), &mut self.write::<T>()?);
+            Ok(())
+        })
+    }
+
+    /// Copies `x` into this contiguous tensor, in place.
+    ///
+    /// # Errors
+    /// If the shapes or dtypes differ, or `x` shares this tensor's storage.
+    pub fn copy_assign(&self, x: &Tensor) -> Result<()> {
+        const OP: &str = "copy_assign";
+        same_dtype(OP, "x", self.dtype(), x)?;
+        expect_shape(OP, "x", x, self.shape())?;
+        not_aliased(OP, "x", self, x)?;
+        crate::tensor::for_any!(self.dtype(), T => {
+            let data = x.read::<T>()?;
+            let view = Strided { data: &data, strides: x.strides() };
+            Ok(cpu::copy(self.shape(), view, &mut self.write::<T>()?)?)
+        })
+    }
+}

@@ -1,0 +1,73 @@
+//! Sums and maxima over dimensions.
+
+use super::Reduction;
+use crate::tensor::for_float;
+use crate::{Result, Shape, Tensor, TensorError};
+use stickbreak_kernels::elementwise::Strided;
+use stickbreak_kernels::reduce::cpu;
+
+impl Tensor {
+    /// Reduces the given dimensions, which stay as size 1.
+    ///
+    /// # Errors
+    /// If a dimension does not exist.
+    pub fn reduce(&self, op: Reduction, axes: &[usize]) -> Result<Tensor> {
+        let mut sizes = self.shape().to_vec();
+        for &axis in axes {
+            self.dim(axis)?;
+            sizes[axis] = 1;
+        }
+        let out = Tensor::empty(sizes, self.dtype());
+        for_float!("reduce", self.dtype(), T => {
+            let data = self.read::<T>()?;
+            let x = Strided { data: &data, strides: self.strides() };
+            Ok(cpu::reduce(op, self.shape(), x, axes, &mut out.expect_write::<T>())?)
+        })?;
+        Ok(out)
+    }
+
+    /// Sum over the given dimensions, which stay as size 1.
+    pub fn sum(&self, axes: &[usize]) -> Result<Tensor> {
+        self.reduce(Reduction::Sum, axes)
+    }
+
+    /// Sum of all elements, as a scalar.
+    pub fn sum_all(&self) -> Result<Tensor> {
+        self.sum(&(0..self.rank()).collect::<Vec<_>>())?.reshape([])
+    }
+
+    /// Maximum over the given dimensions, which stay as size 1.
+    pub fn max(&self, axes: &[usize]) -> Result<Tensor> {
+        self.reduce(Reduction::Max, axes)
+    }
+
+    /// The inverse of broadcasting: sums this tensor down to `shape`, which must broadcast to this tensor's shape.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn sum_to(&self, shape: &Shape) -> Result<Tensor> {
+        if self.shape() == shape {
+            return Ok(self.clone());
+        }
+        if shape.broadcast(self.shape(), "sum_to")? != *self.shape() {
+            return Err(TensorError::ShapePair {
+                op: "sum_to",
+                left: self.shape().clone(),
+                right: shape.clone(),
+                why: "the right one does not broadcast to the left one".into(),
+            });
+        }
+        let missing = self.rank() - shape.rank();
+        let axes: Vec<usize> =
+            (0..self.rank()).filter(|&d| d < missing || (shape[d - missing] == 1 && self.shape()[d] != 1)).collect();
+        self.sum(&axes)?.reshape(shape)
+    }
+
+    /// Sum of the squares of all elements of a contiguous tensor, summed in float64.
+    pub fn sum_of_squares(&self) -> Result<f64> {
+        let tensor = self.contiguous();
+        for_float!("sum_of_squares", self.dtype(), T => {
+            Ok(cpu::sum_of_squares(&tensor.read::<T>()?[..self.elements()]))
+        })
+    }
+}
