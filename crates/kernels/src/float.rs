@@ -165,7 +165,7 @@ impl Float for f32 {
         const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer, held in the low mantissa bits
         const LN2_HIGH: f32 = 0.693_359_4;
         const LN2_LOW: f32 = -2.121_944_4e-4;
-        let clamped = self.max(-87.33).min(88.72);
+        let clamped = self.clamp(-87.33, 88.72);
         let shifted = clamped.mul_add(std::f32::consts::LOG2_E, MAGIC);
         let n = shifted - MAGIC;
         let r = (-n).mul_add(LN2_LOW, (-n).mul_add(LN2_HIGH, clamped));

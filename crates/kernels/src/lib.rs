@@ -13,9 +13,22 @@
 //! * an output is written in full, whatever it held before, unless its doc says "accumulates";
 //! * a shape error is reported before anything is written.
 
+pub mod adamw;
+pub mod cross_entropy;
+pub mod elementwise;
+pub mod embedding;
 pub mod error;
 pub mod float;
+pub mod group_norm;
+pub mod matmul;
+mod parallel;
+pub mod reduce;
+pub mod rms_norm;
+pub mod rope;
 pub mod simd;
+pub mod strided;
+pub mod swiglu;
 
 pub use error::{KernelError, Result};
 pub use float::Float;
+pub use strided::Strided;
