@@ -9,7 +9,7 @@
 //! p = p - learning_rate / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + epsilon)
 //! ```
 
-mod cpu;
+pub mod cpu;
 
 pub use cpu::step;
 

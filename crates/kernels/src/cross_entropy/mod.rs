@@ -8,7 +8,7 @@
 //! `dlogits[t] = p[t] - onehot(labels[t])` (0 where ignored), `dhidden = logit_scale * dlogits W`,
 //! `dweight = logit_scale * dlogits^T hidden`.
 
-mod cpu;
+pub mod cpu;
 
 pub use cpu::forward;
 

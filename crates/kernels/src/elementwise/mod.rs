@@ -6,7 +6,7 @@
 //! Nothing is saved for a backward pass beyond what the derivative names: the input (`Log`, `Square`, `Silu`), the output
 //! (`Exp`, `Sqrt`, `Reciprocal`, `Sigmoid`, `Tanh`) or nothing (`Negate`, `Affine`).
 
-mod cpu;
+pub mod cpu;
 
 pub use cpu::{accumulate, binary, copy, scale_in_place, unary};
 

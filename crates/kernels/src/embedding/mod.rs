@@ -4,7 +4,7 @@
 //!
 //! Backward *accumulates*: `dtable[ids[t]] += dout[t]`, for equal ids in the order of the tokens.
 
-mod cpu;
+pub mod cpu;
 
 pub use cpu::{backward, forward};
 

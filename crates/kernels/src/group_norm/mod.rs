@@ -7,7 +7,7 @@
 //! Backward, with `n = (x - mean) * inverse_std` and `g = dout * weight`: `dx = inverse_std (g - mean(g) - n mean(g n))`,
 //! `dweight = sum over tokens of dout * n`, `dbias = sum over tokens of dout`. All three are overwritten.
 
-mod cpu;
+pub mod cpu;
 
 pub use cpu::{backward, forward};
 

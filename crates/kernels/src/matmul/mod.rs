@@ -6,7 +6,7 @@
 //!
 //! Backward: `dA = dC B^T` and `dB = A^T dC`, the same product with strides swapped; nothing but the inputs is saved.
 
-mod cpu;
+pub mod cpu;
 
 pub use cpu::matmul;
 

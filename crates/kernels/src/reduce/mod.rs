@@ -9,7 +9,7 @@
 //!
 //! Backward of `Sum`: the output's gradient broadcast over the axes (stride 0); nothing is saved.
 
-mod cpu;
+pub mod cpu;
 
 pub use cpu::{reduce, sum_of_squares};
 

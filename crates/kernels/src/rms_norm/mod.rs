@@ -6,7 +6,7 @@
 //! Backward, with `g = dout * weight`: `dx = r (g - x r^2 mean(g x))`, `dweight = sum over rows of dout * x * r`.
 //! Both gradients are overwritten.
 
-mod cpu;
+pub mod cpu;
 
 pub use cpu::{backward, forward};
 

@@ -6,7 +6,7 @@
 //! The rotation is orthogonal: `inverse = true` rotates back, which is also the backward pass (`dx` from `dout`). Nothing
 //! but the positions is saved.
 
-mod cpu;
+pub mod cpu;
 
 pub use cpu::rotate;
 

@@ -3,6 +3,6 @@
 //! All slices have one length. Saved for the backward pass: `gate` and `up`.
 //! Backward, with `s = sigmoid(gate)`: `dgate = dout * up * s (1 + gate (1 - s))`, `dup = dout * gate * s`, overwritten.
 
-mod cpu;
+pub mod cpu;
 
 pub use cpu::{backward, forward};

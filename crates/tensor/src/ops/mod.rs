@@ -1,6 +1,6 @@
 //! Ops on tensors: each validates its shapes, allocates its output and dispatches to a kernel.
 
-pub mod attention;
+//ATT
 mod elementwise;
 mod matmul;
 pub mod nn;

@@ -1,0 +1,430 @@
+//! The training loop.
+//!
+//! A step: read the batch, forward and backward for each micro-batch (gradients add up in the arena, normalised by the
+//! number of predicted tokens of the whole batch), global norm, update. The order of work around it is fixed: a save
+//! comes before an evaluation, so that an evaluation that dies loses nothing.
+
+mod memory;
+mod snapshot;
+mod text;
+
+use crate::checkpoint::{CheckpointStore, KeepPolicy};
+use crate::config::{NonFinite, RunConfig};
+use crate::console::Console;
+use crate::data::{Batch, Cursor, Loader, Prefetch};
+use crate::evaluate::{self, BatchTensors};
+use crate::metrics::{MemoryMetrics, Record, RunMetrics, SampleMetrics, TrainMetrics};
+use crate::optimizer::Optimizer;
+use crate::report::write_report;
+use crate::schedule::learning_rate_factor;
+use crate::signal::StopFlag;
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use stickbreak_autograd::Tape;
+use stickbreak_model::{Sampling, Transformer, count};
+use stickbreak_tensor::memory_use;
+
+pub use snapshot::program_version;
+pub use text::{Text, tokenizer_choice};
+
+/// A run: model, optimizer, data, and their place in time.
+pub struct Trainer {
+    config: RunConfig,
+    folder: PathBuf,
+    model: Transformer,
+    optimizer: Optimizer,
+    text: Text,
+    store: CheckpointStore,
+    metrics: RunMetrics,
+    stop: StopFlag,
+    console: Console,
+    step: u64,
+    cursor: Cursor,
+    tokens_seen: u64,
+    training_seconds: f64,
+    skipped_in_a_row: u32,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps were taken.
+    Finished,
+    /// It was asked to stop; the state is saved.
+    Stopped,
+}
+
+/// What one step did.
+#[derive(Debug, Clone, Copy)]
+struct StepResult {
+    loss: f64,
+    gradient_norm: f64,
+    flops: f64,
+}
+
+/// Batches skipped in a row that end a run even with `non_finite = "skip"`.
+const MOST_SKIPPED: u32 = 10;
+
+impl Trainer {
+    /// Opens the data, builds the model, and continues from the newest valid checkpoint in `folder` if there is one.
+    ///
+    /// # Errors
+    /// If the configuration, the data or a checkpoint is not usable; see [`Text::open`].
+    pub fn open(config: RunConfig, folder: &Path, stop: StopFlag) -> Result<Self> {
+        let text = Text::open(&config)?;
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let keep = KeepPolicy {
+            last: config.checkpoint.keep_last,
+            every: (config.checkpoint.keep_every > 0).then_some(config.checkpoint.keep_every),
+        };
+        let store = CheckpointStore::open(folder.join("checkpoints"), keep)?;
+        let model = Transformer::new(config.model.clone(), config.dtype.into())?;
+        let optimizer = Optimizer::new(config.optimizer.clone(), &model);
+        let checkpoint = store.latest_valid()?;
+        let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step());
+        let mut trainer = Self {
+            // Checked before the metrics are cut back to the checkpoint's step.
+            metrics: RunMetrics::resume(folder, step)?,
+            console: Console::new(config.train.steps),
+            folder: folder.to_owned(),
+            config,
+            model,
+            optimizer,
+            text,
+            store,
+            stop,
+            step: 0,
+            cursor: Cursor::default(),
+            tokens_seen: 0,
+            training_seconds: 0.0,
+            skipped_in_a_row: 0,
+        };
+        match checkpoint {
+            Some(checkpoint) => {
+                trainer.restore(&checkpoint)?;
+                trainer.console.line(&format!("resuming {} at step {}", folder.display(), trainer.step));
+            }
+            None => trainer.model.initialise(trainer.config.seed)?,
+        }
+        crate::checkpoint::write_atomically(&folder.join("config.toml"), trainer.config.to_toml().as_bytes())
+            .with_context(|| format!("cannot write {}", folder.join("config.toml").display()))?;
+        Ok(trainer)
+    }
+
+    /// Optimizer steps taken so far.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The model as it is now.
+    pub fn model(&self) -> &Transformer {
+        &self.model
+    }
+
+    /// Trains to the last step, or until a signal; then saves, evaluates, samples and writes the report.
+    ///
+    /// # Errors
+    /// If data, model or disk fail. What is saved stays valid.
+    pub fn run(&mut self) -> Result<Outcome> {
+        let steps = self.config.train.steps;
+        if self.step >= steps {
+            self.console.line(&format!("nothing to do: step {} of {steps} is reached", self.step));
+            return Ok(Outcome::Finished);
+        }
+        self.announce();
+        self.preflight()?;
+        if self.step == 0 && self.metrics.last_step("valid").is_none() {
+            self.validate()?;
+        }
+        let per_step = self.config.sequences_per_step();
+        let micro = self.config.micro_batch();
+        let first = self.cursor.position;
+        let requests = (0..).map(move |i: u64| (first + i * micro as u64, micro));
+        let mut batches = Prefetch::start(self.text.train.clone(), requests);
+        while self.step < steps && !self.stop.is_set() {
+            let Some(batch) = self.next_step_batches(&mut batches, per_step / micro)? else { break };
+            let started = Instant::now();
+            let result = self.train_step(&batch)?;
+            self.finish_step(result, started.elapsed())?;
+            self.periodic_work()?;
+        }
+        drop(batches);
+        self.save()?;
+        if self.stop.is_set() {
+            return self.stopped();
+        }
+        self.finish()
+    }
+
+    /// The micro-batches of one step; `None` if asked to stop while waiting.
+    fn next_step_batches(&self, batches: &mut Prefetch, count: usize) -> Result<Option<Vec<Batch>>> {
+        let mut out = Vec::with_capacity(count);
+        while out.len() < count {
+            if self.stop.is_set() {
+                return Ok(None);
+            }
+            out.extend(batches.wait(Duration::from_millis(200))?);
+        }
+        Ok(Some(out))
+    }
+
+    /// Forward and backward of all micro-batches, and the update.
+    fn train_step(&mut self, batches: &[Batch]) -> Result<StepResult> {
+        let valid_tokens: usize = batches.iter().map(|batch| batch.valid_tokens).sum();
+        let loss_scale = 1.0 / valid_tokens.max(1) as f64;
+        self.model.arena().zero_gradients()?;
+        let (mut loss, mut flops) = (0.0, 0.0);
+        for batch in batches {
+            loss += self.accumulate_gradients(batch, loss_scale)?;
+            flops += step_flops(&self.config, batch);
+        }
+        let gradient_norm = self.model.arena().gradients().sum_of_squares()?.sqrt();
+        self.cursor.position += self.config.sequences_per_step() as u64;
+        self.tokens_seen += self.config.train.batch_tokens as u64;
+        if !(loss.is_finite() && gradient_norm.is_finite()) {
+            self.non_finite(loss)?;
+        } else {
+            self.skipped_in_a_row = 0;
+            let rate = self.learning_rate();
+            self.optimizer.step(&self.model, self.step + 1, rate, self.optimizer.clip_factor(gradient_norm))?;
+        }
+        self.step += 1;
+        Ok(StepResult { loss, gradient_norm, flops })
+    }
+
+    /// Adds the gradients of one micro-batch; returns its share of the loss.
+    fn accumulate_gradients(&self, batch: &Batch, loss_scale: f64) -> Result<f64> {
+        let BatchTensors { ids, labels, packing } = BatchTensors::new(batch)?;
+        let tape = Tape::new();
+        let loss = self.model.loss(&tape, &ids, &labels, &packing, loss_scale, self.config.train.recompute)?;
+        tape.backward(&loss)?;
+        Ok(loss.value().to_scalar()?)
+    }
+
+    /// No update is made with a loss or gradient that is not finite: names the tensor, then stops or skips.
+    fn non_finite(&mut self, loss: f64) -> Result<()> {
+        let step = self.step + 1;
+        let culprit = if loss.is_finite() {
+            let broken = self.model.arena().iter().find(|(_, parameter)| {
+                !parameter.gradient.sum_of_squares().is_ok_and(f64::is_finite)
+            });
+            broken.map_or("the sum of the squared gradients".into(), |(entry, _)| format!("the gradient of {}", entry.name))
+        } else {
+            format!("the loss ({loss})")
+        };
+        self.skipped_in_a_row += 1;
+        if self.config.train.non_finite == NonFinite::Skip && self.skipped_in_a_row < MOST_SKIPPED {
+            self.console.line(&format!("step {step}: {culprit} is not finite; this batch is skipped"));
+            return Ok(());
+        }
+        bail!(
+            "step {step}, rank 0: {culprit} is not finite; the parameters were not updated. The last checkpoint is \
+             intact; a lower optimizer.learning_rate or a longer schedule.warmup_steps usually helps"
+        );
+    }
+
+    fn learning_rate(&self) -> f64 {
+        let factor = learning_rate_factor(&self.config.schedule, self.step, self.config.train.steps);
+        self.config.optimizer.learning_rate * factor
+    }
+
+    /// Metrics and log line of a step.
+    fn finish_step(&mut self, result: StepResult, elapsed: Duration) -> Result<()> {
+        let seconds = elapsed.as_secs_f64();
+        self.training_seconds += seconds;
+        let taken = self.step - 1;
+        let factor = learning_rate_factor(&self.config.schedule, taken, self.config.train.steps);
+        let metrics = TrainMetrics {
+            step: self.step,
+            loss: result.loss,
+            grad_norm: result.gradient_norm,
+            learning_rate: self.config.optimizer.learning_rate * factor,
+            tokens_per_second: self.config.train.batch_tokens as f64 / seconds,
+            milliseconds: 1e3 * seconds,
+            tokens_seen: self.tokens_seen,
+            // The peak of a CPU is not known, and a guess would be worse than nothing.
+            mfu: None,
+            peak_memory_bytes: Some(memory_use().peak as u64),
+        };
+        self.metrics.append(&Record::Train(metrics.clone()))?;
+        self.console.step(&metrics, result.flops / seconds, self.step.is_multiple_of(self.config.train.log_every));
+        Ok(())
+    }
+
+    /// Saves, evaluates and samples when their steps have come; a save first.
+    fn periodic_work(&mut self) -> Result<()> {
+        let (step, last) = (self.step, self.step == self.config.train.steps);
+        let due = |every: u64| every > 0 && step.is_multiple_of(every) && !last;
+        if due(self.config.checkpoint.every) {
+            self.save()?;
+        }
+        if due(self.config.evaluation.every) {
+            self.validate()?;
+        }
+        if due(self.config.sample.every) {
+            self.sample()?;
+        }
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<()> {
+        if self.step == 0 || self.store.open_step(self.step).is_ok() {
+            return Ok(());
+        }
+        self.metrics.sync()?;
+        let checkpoint = self.store.save(self.step, |writer| self.write_checkpoint(writer))?;
+        self.console.line(&format!("saved {}", checkpoint.folder().display()));
+        Ok(())
+    }
+
+    /// The loss on the validation tokens; does nothing if there are none or a signal comes.
+    fn validate(&mut self) -> Result<()> {
+        let Some(valid) = &self.text.valid else { return Ok(()) };
+        let Some(sum) = evaluate::loss(&self.model, valid, Some(self.config.evaluation.tokens), &self.stop)? else {
+            return Ok(());
+        };
+        let metrics = sum.metrics(self.step);
+        self.console.validation(&metrics);
+        self.metrics.append(&Record::Valid(metrics))?;
+        Ok(())
+    }
+
+    fn sample(&mut self) -> Result<()> {
+        let options = &self.config.sample;
+        if options.tokens == 0 {
+            return Ok(());
+        }
+        let mut prompt = vec![self.text.tokenizer.end_of_text()];
+        prompt.extend(self.text.tokenizer.encode(&options.prompt)?);
+        let sampling =
+            Sampling { temperature: options.temperature, top_k: 0, top_p: options.top_p, seed: self.config.seed };
+        let end = Some(self.text.tokenizer.end_of_text());
+        let stop = &self.stop;
+        let tokens = self.model.generate(&prompt, options.tokens, &sampling, end, |_| !stop.is_set())?;
+        let text = self.text.tokenizer.decode(&tokens)?;
+        self.console.line(&format!("sample at step {}:\n{}{text}\n", self.step, options.prompt));
+        let metrics = SampleMetrics { step: self.step, prompt: options.prompt.clone(), text };
+        self.metrics.append(&Record::Sample(metrics))?;
+        Ok(())
+    }
+
+    fn stopped(&mut self) -> Result<Outcome> {
+        let cause = self.stop.cause().unwrap_or("request");
+        self.metrics.sync()?;
+        self.console.finish();
+        self.console.line(&format!("stopped by {cause} at step {}; the same command goes on from there", self.step));
+        Ok(Outcome::Stopped)
+    }
+
+    /// After the last step: evaluation, length extrapolation, attention, a sample, the report.
+    fn finish(&mut self) -> Result<Outcome> {
+        self.validate()?;
+        self.extrapolate()?;
+        self.inspect()?;
+        self.sample()?;
+        self.metrics.sync()?;
+        if self.stop.is_set() {
+            return self.stopped();
+        }
+        self.console.finish();
+        let report = write_report(&self.folder)?;
+        self.console.line(&format!(
+            "{} steps, {} tokens in {:.0} s of training; report: {}",
+            self.step,
+            self.tokens_seen,
+            self.training_seconds,
+            report.display()
+        ));
+        Ok(Outcome::Finished)
+    }
+
+    fn extrapolate(&mut self) -> Result<()> {
+        let evaluation = &self.config.evaluation;
+        let Some(valid) = &self.text.valid else { return Ok(()) };
+        let available = valid.stream().len() as usize;
+        let (lengths, too_long): (Vec<usize>, Vec<usize>) =
+            evaluation.lengths.iter().partition(|&&length| length <= available);
+        if !too_long.is_empty() {
+            self.console.line(&format!("evaluation.lengths {too_long:?} exceed the {available} validation tokens"));
+        }
+        if lengths.is_empty() {
+            return Ok(());
+        }
+        let open = |length| -> Result<Loader> { Ok(valid.with_sequence_length(length)?) };
+        let (tokens, trained) = (evaluation.length_tokens, self.config.train.sequence_length);
+        let metrics =
+            evaluate::length_extrapolation(&self.model, open, &lengths, tokens, trained, self.step, &self.stop)?;
+        if let Some(metrics) = metrics {
+            self.console.lengths(&metrics);
+            self.metrics.append(&Record::Length(metrics))?;
+        }
+        Ok(())
+    }
+
+    /// How far the stick reaches in each head, and where the heads look.
+    fn inspect(&mut self) -> Result<()> {
+        let Some(valid) = &self.text.valid else { return Ok(()) };
+        if self.stop.is_set() {
+            return Ok(());
+        }
+        let batch = valid.batch(0, 1)?;
+        let BatchTensors { ids, packing, .. } = BatchTensors::new(&batch)?;
+        if let Some(metrics) = crate::inspect::attention_metrics(&self.model, &ids, &packing, self.step)? {
+            self.metrics.append(&Record::Attention(metrics))?;
+        }
+        Ok(())
+    }
+
+    /// What is trained on what, printed once.
+    fn announce(&self) {
+        let config = &self.config;
+        let parameters = count::parameters(&config.model);
+        let epoch = self.text.train.windows() as f64 * config.train.sequence_length as f64;
+        self.console.line(&format!(
+            "{}: {:.2}M parameters, {} attention, {} tokens a step ({} x {}), {} training tokens, {} threads",
+            config.name,
+            parameters.total as f64 / 1e6,
+            attention_name(config),
+            config.train.batch_tokens,
+            config.sequences_per_step(),
+            config.train.sequence_length,
+            epoch,
+            rayon::current_num_threads(),
+        ));
+        self.console.line(
+            "flops: 6 x matrix parameters x tokens + attention counted causal-half (3 x its forward); MFU is n/a on a CPU",
+        );
+    }
+
+    /// An estimate of the memory, then one real step at full shape whose result is thrown away.
+    fn preflight(&mut self) -> Result<()> {
+        let estimate = memory::estimate(&self.config);
+        estimate.check_fits(&self.config)?;
+        let batch = self.text.train.batch(self.cursor.position, self.config.micro_batch())?;
+        self.accumulate_gradients(&batch, 1.0 / batch.valid_tokens.max(1) as f64)?;
+        let peak = memory_use().peak as u64;
+        self.console.line(&format!("memory: estimated {}, one step took {}", mib(estimate.total()), mib(peak)));
+        let metrics = MemoryMetrics { step: self.step, peak_bytes: peak, parts: estimate.parts };
+        if self.metrics.last_step("memory") != Some(self.step) {
+            self.metrics.append(&Record::Memory(metrics))?;
+        }
+        Ok(())
+    }
+}
+
+fn attention_name(config: &RunConfig) -> String {
+    match serde_json::to_value(config.model.attention) {
+        Ok(serde_json::Value::String(name)) => name,
+        _ => String::new(),
+    }
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.0} MiB", bytes as f64 / (1 << 20) as f64)
+}
+
+fn step_flops(config: &RunConfig, batch: &Batch) -> f64 {
+    let squared: f64 = batch.cu_seqlens.windows(2).map(|w| f64::from(w[1] - w[0]).powi(2)).sum();
+    count::training_flops(&config.model, batch.ids.len(), squared)
+}
