@@ -1,1 +1,3 @@
-//! Under construction.
+//! Training of stick-breaking transformers.
+
+pub mod data;
