@@ -1,3 +1,6 @@
 //! Under construction.
 
 pub mod checkpoint;
+pub mod metrics;
+pub mod report;
+pub mod signal;
