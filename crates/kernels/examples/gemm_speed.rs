@@ -13,18 +13,20 @@ use stickbreak_kernels::rms_norm::{self, RmsNormSpec};
 use stickbreak_kernels::rope::{self, RopeSpec};
 use stickbreak_kernels::swiglu;
 
-/// Seconds of one call: the median of repetitions for about a third of a second, after one call to warm up.
+/// Seconds of one call: the best of repetitions for about a third of a second, which other work on the machine
+/// disturbs least, after one call to warm up.
 fn seconds(mut body: impl FnMut()) -> f64 {
     body();
     let start = Instant::now();
-    let mut times = Vec::new();
-    while times.len() < 3 || start.elapsed().as_secs_f64() < 0.3 {
+    let mut best = f64::INFINITY;
+    let mut repetitions = 0;
+    while repetitions < 5 || start.elapsed().as_secs_f64() < 0.3 {
         let start = Instant::now();
         body();
-        times.push(start.elapsed().as_secs_f64());
+        best = best.min(start.elapsed().as_secs_f64());
+        repetitions += 1;
     }
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+    best
 }
 
 fn numbers(length: usize) -> Vec<f32> {
