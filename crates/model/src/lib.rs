@@ -14,6 +14,7 @@ pub mod error;
 pub mod generate;
 pub mod hugging_face;
 pub mod init;
+pub mod inspect;
 pub mod transformer;
 pub mod weights;
 

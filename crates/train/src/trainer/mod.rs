@@ -11,7 +11,7 @@ mod text;
 use crate::checkpoint::{CheckpointStore, KeepPolicy};
 use crate::config::{NonFinite, RunConfig};
 use crate::console::Console;
-use crate::data::{Batch, Cursor, Loader, Prefetch};
+use crate::data::{Batch, Cursor, Prefetch};
 use crate::evaluate::{self, BatchTensors};
 use crate::metrics::{MemoryMetrics, Record, RunMetrics, SampleMetrics, TrainMetrics};
 use crate::optimizer::Optimizer;
@@ -83,8 +83,11 @@ impl Trainer {
         let optimizer = Optimizer::new(config.optimizer.clone(), &model);
         let checkpoint = store.latest_valid()?;
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step());
+        if let Some(checkpoint) = &checkpoint {
+            // Before the metrics are cut back to the checkpoint's step: a mistaken command must lose nothing.
+            snapshot::check_identity(checkpoint, &config, &text.fingerprint)?;
+        }
         let mut trainer = Self {
-            // Checked before the metrics are cut back to the checkpoint's step.
             metrics: RunMetrics::resume(folder, step)?,
             console: Console::new(config.train.steps),
             folder: folder.to_owned(),
@@ -351,7 +354,7 @@ impl Trainer {
         if lengths.is_empty() {
             return Ok(());
         }
-        let open = |length| -> Result<Loader> { Ok(valid.with_sequence_length(length)?) };
+        let open = |length| self.text.validation_windows(length);
         let (tokens, trained) = (evaluation.length_tokens, self.config.train.sequence_length);
         let metrics =
             evaluate::length_extrapolation(&self.model, open, &lengths, tokens, trained, self.step, &self.stop)?;
@@ -369,8 +372,8 @@ impl Trainer {
             return Ok(());
         }
         let batch = valid.batch(0, 1)?;
-        let BatchTensors { ids, packing, .. } = BatchTensors::new(&batch)?;
-        if let Some(metrics) = crate::inspect::attention_metrics(&self.model, &ids, &packing, self.step)? {
+        let ids = BatchTensors::new(&batch)?.ids;
+        if let Some(metrics) = crate::inspect::attention_metrics(&self.model, &ids, self.step)? {
             self.metrics.append(&Record::Attention(metrics))?;
         }
         Ok(())

@@ -57,6 +57,27 @@ pub(super) fn identity(config: &RunConfig, data_fingerprint: &str) -> BTreeMap<S
     identity
 }
 
+/// Refuses to continue a run with another architecture or other data, listing the differences.
+pub(super) fn check_identity(checkpoint: &Checkpoint, config: &RunConfig, data_fingerprint: &str) -> Result<()> {
+    let folder = checkpoint.folder().display();
+    let state: State = checkpoint.json("state.json")?;
+    let differences: Vec<String> = identity(config, data_fingerprint)
+        .iter()
+        .filter(|(key, value)| state.identity.get(*key) != Some(value))
+        .map(|(key, value)| {
+            let before = state.identity.get(key).map_or("absent".to_owned(), Value::to_string);
+            format!("  {key}: {before} in the checkpoint, {value} now")
+        })
+        .collect();
+    if differences.is_empty() {
+        return Ok(());
+    }
+    bail!(
+        "{folder} belongs to another run; these settings differ:\n{}\nGive another --out, or the old settings.",
+        differences.join("\n")
+    );
+}
+
 /// Version and commit of this program.
 pub fn program_version() -> String {
     let version = env!("CARGO_PKG_VERSION");
@@ -98,21 +119,6 @@ impl Trainer {
     pub(super) fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         let folder = checkpoint.folder().display();
         let state: State = checkpoint.json("state.json")?;
-        let now = identity(&self.config, &self.text.fingerprint);
-        let differences: Vec<String> = now
-            .iter()
-            .filter(|(key, value)| state.identity.get(*key) != Some(value))
-            .map(|(key, value)| {
-                let before = state.identity.get(key).map_or("absent".to_owned(), Value::to_string);
-                format!("  {key}: {before} in the checkpoint, {value} now")
-            })
-            .collect();
-        if !differences.is_empty() {
-            bail!(
-                "{folder} belongs to another run; these settings differ:\n{}\nGive another --out, or the old settings.",
-                differences.join("\n")
-            );
-        }
         self.model.load_weights(checkpoint.folder()).with_context(|| format!("in {folder}"))?;
         let path = checkpoint.path("optimizer.safetensors")?;
         let moments = io::parse(&path, &checkpoint.read("optimizer.safetensors")?)?;

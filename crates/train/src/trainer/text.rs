@@ -2,7 +2,7 @@
 
 use crate::config::{DataConfig, RunConfig};
 use crate::data::{
-    Dataset, Input, Loader, PrepareOptions, SplitName, TokenStream, Tokenizer, TokenizerChoice, Validation, prepare,
+    Dataset, Input, Loader, PrepareOptions, SplitName, Tokenizer, TokenizerChoice, Validation, prepare,
 };
 use anyhow::{Context, Result, bail};
 use std::sync::Arc;
@@ -15,6 +15,7 @@ pub struct Text {
     pub valid: Option<Loader>,
     /// Ids to text and back.
     pub tokenizer: Tokenizer,
+    dataset: Dataset,
     /// Checksum of the manifest: resuming with other data is refused.
     pub fingerprint: String,
 }
@@ -83,20 +84,26 @@ impl Text {
         let manifest_bytes = serde_json::to_vec(manifest)?;
         let length = config.train.sequence_length;
         let train = Loader::new(dataset.split(SplitName::Train)?, length, Some(config.seed))?;
-        let valid = dataset.split(SplitName::Valid)?;
-        Ok(Self {
+        let mut text = Self {
             train: Arc::new(train),
-            valid: Self::validation_windows(valid, length)?,
+            valid: None,
             tokenizer: dataset.tokenizer()?,
             fingerprint: blake3::hash(&manifest_bytes).to_hex().to_string(),
-        })
+            dataset,
+        };
+        if text.dataset.entry(SplitName::Valid).tokens == 0 {
+            tracing::warn!("nothing is held out: there will be no validation loss");
+        } else {
+            text.valid = Some(text.validation_windows(length).context("the validation split is too short")?);
+        }
+        Ok(text)
     }
 
-    fn validation_windows(valid: TokenStream, length: usize) -> Result<Option<Loader>> {
-        if valid.is_empty() {
-            tracing::warn!("nothing is held out: there will be no validation loss");
-            return Ok(None);
-        }
-        Ok(Some(Loader::new(valid, length, None).context("the validation split is too short")?))
+    /// The validation split in windows of this length, in order.
+    ///
+    /// # Errors
+    /// If it has not that many tokens.
+    pub fn validation_windows(&self, length: usize) -> Result<Loader> {
+        Ok(Loader::new(self.dataset.split(SplitName::Valid)?, length, None)?)
     }
 }

@@ -1,0 +1,54 @@
+//! A trained model from a run, a checkpoint, or a Hugging Face folder.
+
+use crate::checkpoint::{CheckpointStore, KeepPolicy};
+use crate::data::Tokenizer;
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+use stickbreak_model::{ModelConfig, Transformer};
+use stickbreak_tensor::DType;
+
+/// A model and what is known of its training.
+pub(super) struct LoadedModel {
+    pub(super) model: Transformer,
+    pub(super) tokenizer: Tokenizer,
+    /// Context that it was trained at.
+    pub(super) trained_length: usize,
+    /// Optimizer steps; 0 if unknown.
+    pub(super) step: u64,
+}
+
+impl LoadedModel {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let (folder, step) = find_weights(path)?;
+        let config_path = folder.join("config.json");
+        let text = std::fs::read(&config_path).with_context(|| {
+            format!("{} is neither a run, nor a checkpoint, nor a model folder: no config.json", path.display())
+        })?;
+        let value: serde_json::Value =
+            serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", config_path.display()))?;
+        let config = ModelConfig::from_hugging_face(&config_path, &value)?;
+        let trained_length = value["max_position_embeddings"].as_u64().unwrap_or(2048) as usize;
+        let tokenizer_path = folder.join("tokenizer.json");
+        let tokenizer = if tokenizer_path.exists() {
+            Tokenizer::from_file(&tokenizer_path, None, Some(config.vocab_size as u32))?
+        } else {
+            Tokenizer::Bytes
+        };
+        let model = Transformer::new(config, DType::F32)?;
+        model.load_weights(&folder)?;
+        Ok(Self { model, tokenizer, trained_length, step })
+    }
+}
+
+/// The folder with the weights, and the step if it is a checkpoint.
+fn find_weights(path: &Path) -> Result<(PathBuf, u64)> {
+    let checkpoints = path.join("checkpoints");
+    if checkpoints.is_dir() {
+        let store = CheckpointStore::open(&checkpoints, KeepPolicy { last: 2, every: None })?;
+        let checkpoint =
+            store.latest_valid()?.with_context(|| format!("{} has no valid checkpoint yet", path.display()))?;
+        return Ok((checkpoint.folder().to_owned(), checkpoint.step()));
+    }
+    let step = path.file_name().and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
+    Ok((path.to_owned(), step.unwrap_or(0)))
+}

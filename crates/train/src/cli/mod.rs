@@ -1,0 +1,89 @@
+//! The command line: `stickbreak prepare | train | eval | generate | verify | bench | doctor | report`.
+
+mod eval;
+mod generate;
+mod load;
+mod prepare;
+mod train;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use stickbreak_tensor::Device;
+use tracing_subscriber::EnvFilter;
+
+/// Train, evaluate and study stick-breaking transformers.
+#[derive(Parser)]
+#[command(name = "stickbreak", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Worker threads; default: one for each processor.
+    #[arg(long, global = true)]
+    threads: Option<usize>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Turn text into shards of tokens.
+    Prepare(prepare::PrepareArgs),
+    /// Train a model; the same command goes on where a stopped run was.
+    Train(train::TrainArgs),
+    /// Loss, perplexity and bits per byte on a text or on prepared data; the length-extrapolation curve.
+    Eval(eval::EvalArgs),
+    /// Continue a prompt.
+    Generate(generate::GenerateArgs),
+    /// Check this build against golden vectors.
+    Verify {
+        /// Folder with attention/ and model/.
+        folder: PathBuf,
+        /// Where to compute.
+        #[arg(long, default_value = "cpu")]
+        device: Device,
+    },
+    /// Time the parts.
+    Bench(crate::bench::BenchArgs),
+    /// Say what this machine has and what will be used.
+    Doctor,
+    /// Write a run's report.html.
+    Report {
+        /// The run's folder.
+        run: PathBuf,
+    },
+}
+
+/// Runs the command line; errors go to standard error with all their causes.
+pub fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_env("STICKBREAK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_writer(std::io::stderr).init();
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    if let Some(threads) = cli.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    }
+    match cli.command {
+        Command::Prepare(args) => prepare::run(args),
+        Command::Train(args) => train::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Verify { folder, device } => {
+            device.check_available()?;
+            crate::verify::verify(&folder).map(drop)
+        }
+        Command::Bench(args) => crate::bench::run(&args),
+        Command::Doctor => crate::doctor::run(),
+        Command::Report { run } => {
+            println!("{}", crate::report::write_report(&run)?.display());
+            Ok(())
+        }
+    }
+}

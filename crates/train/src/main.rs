@@ -1,0 +1,7 @@
+//! The binary `stickbreak`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    stickbreak_train::cli::main()
+}
