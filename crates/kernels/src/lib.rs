@@ -13,6 +13,7 @@
 //! * an output is written in full, whatever it held before, unless its doc says "accumulates";
 //! * a shape error is reported before anything is written.
 
+pub mod attention;
 pub mod error;
 pub mod float;
 pub mod simd;
