@@ -43,6 +43,8 @@ registry! {
     "rope", Some("rope"), ops::rope::cases;
     "sigmoid", Some("unary"), ops::sigmoid::cases;
     "silu", Some("unary"), ops::silu::cases;
+    "softmax_attention", Some("softmax_attention"), ops::softmax_attention::cases;
+    "stick_breaking_attention", Some("stick_breaking_attention"), ops::stick_breaking_attention::cases;
     "sub", Some("binary"), ops::sub::cases;
     "sum", Some("reduce"), ops::sum::cases;
     "swiglu", Some("swiglu"), ops::swiglu::cases;

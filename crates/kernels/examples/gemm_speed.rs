@@ -6,9 +6,12 @@
 use std::time::Instant;
 
 use stickbreak_kernels::adamw::{self, AdamW};
-use stickbreak_kernels::elementwise::{BinaryOp, Strided, UnaryOp, binary, unary};
-use stickbreak_kernels::matmul::{MatmulSpec, MatrixStrides, matmul};
-use stickbreak_kernels::reduce::{Reduction, reduce, sum_of_squares};
+use stickbreak_kernels::elementwise::cpu::{binary, unary};
+use stickbreak_kernels::elementwise::{BinaryOp, Strided, UnaryOp};
+use stickbreak_kernels::matmul::cpu::matmul;
+use stickbreak_kernels::matmul::{MatmulSpec, MatrixStrides};
+use stickbreak_kernels::reduce::Reduction;
+use stickbreak_kernels::reduce::cpu::{reduce, sum_of_squares};
 use stickbreak_kernels::rms_norm::{self, RmsNormSpec};
 use stickbreak_kernels::rope::{self, RopeSpec};
 use stickbreak_kernels::swiglu;
@@ -89,22 +92,22 @@ fn main() {
             binary(BinaryOp::Add, &[rows, width], view, weight, &mut out).unwrap();
         }),
     );
-    show("swiglu forward", 3.0, seconds(|| swiglu::forward(&x, &y, &mut out).unwrap()));
+    show("swiglu forward", 3.0, seconds(|| swiglu::cpu::forward(&x, &y, &mut out).unwrap()));
     show(
         "swiglu backward",
         5.0,
         seconds(|| {
-            swiglu::backward(&x, &y, &x, Some(&mut out), Some(&mut other)).unwrap();
+            swiglu::cpu::backward(&x, &y, &x, Some(&mut out), Some(&mut other)).unwrap();
         }),
     );
     let spec = RmsNormSpec { rows, width, epsilon: 1e-5 };
-    show("rms_norm forward", 2.0, seconds(|| rms_norm::forward(&spec, &x, &weight, &mut out, &mut rms).unwrap()));
+    show("rms_norm forward", 2.0, seconds(|| rms_norm::cpu::forward(&spec, &x, &weight, &mut out, &mut rms).unwrap()));
     let mut dweight = vec![0f32; width];
     show(
         "rms_norm backward",
         3.0,
         seconds(|| {
-            rms_norm::backward(&spec, &x, &weight, &rms, &y, Some(&mut out), Some(&mut dweight)).unwrap();
+            rms_norm::cpu::backward(&spec, &x, &weight, &rms, &y, Some(&mut out), Some(&mut dweight)).unwrap();
         }),
     );
     show(
@@ -130,7 +133,7 @@ fn main() {
     );
     let positions: Vec<u32> = (0..rows as u32).collect();
     let spec = RopeSpec { tokens: rows, heads: width / 64, head_dim: 64, theta: 1e4 };
-    show("rope", 2.0, seconds(|| rope::rotate(&spec, &positions, false, &x, &mut out).unwrap()));
+    show("rope", 2.0, seconds(|| rope::cpu::rotate(&spec, &positions, false, &x, &mut out).unwrap()));
     let spec = AdamW {
         learning_rate: 1e-3,
         beta1: 0.9,
@@ -141,5 +144,5 @@ fn main() {
         grad_scale: 1.0,
     };
     let mut second = vec![1f32; n];
-    show("adamw", 7.0, seconds(|| adamw::step(&spec, &mut out, &y, &mut other, &mut second).unwrap()));
+    show("adamw", 7.0, seconds(|| adamw::cpu::step(&spec, &mut out, &y, &mut other, &mut second).unwrap()));
 }

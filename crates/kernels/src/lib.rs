@@ -14,6 +14,7 @@
 //! * a shape error is reported before anything is written.
 
 pub mod adamw;
+pub mod attention;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod embedding;

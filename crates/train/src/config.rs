@@ -324,7 +324,10 @@ impl RunConfig {
         }
         self.model.validate()?;
         let train = &self.train;
-        if train.sequence_length == 0 || train.batch_tokens == 0 || !train.batch_tokens.is_multiple_of(train.sequence_length) {
+        if train.sequence_length == 0
+            || train.batch_tokens == 0
+            || !train.batch_tokens.is_multiple_of(train.sequence_length)
+        {
             bail!(
                 "train.batch_tokens = {} must be a positive multiple of train.sequence_length = {}",
                 train.batch_tokens,
@@ -336,7 +339,10 @@ impl RunConfig {
             bail!("train.micro_batch = {micro} must divide the {sequences} sequences of a step");
         }
         if self.checkpoint.keep_last < 2 {
-            bail!("checkpoint.keep_last = {} must be 2 or more: the newest one may be damaged", self.checkpoint.keep_last);
+            bail!(
+                "checkpoint.keep_last = {} must be 2 or more: the newest one may be damaged",
+                self.checkpoint.keep_last
+            );
         }
         if train.log_every == 0 {
             bail!("train.log_every = 0 must be 1 or more");
@@ -397,9 +403,8 @@ fn explain_unknown_key(error: toml::de::Error) -> anyhow::Error {
     let mut quoted = message.split('`').skip(1).step_by(2);
     let suggestion = message.starts_with("unknown field").then(|| {
         let unknown = quoted.next()?;
-        let nearest = quoted.max_by(|a, b| {
-            strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b))
-        })?;
+        let nearest =
+            quoted.max_by(|a, b| strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b)))?;
         Some(format!("unknown key `{unknown}`; did you mean `{nearest}`?"))
     });
     match suggestion.flatten() {

@@ -126,8 +126,13 @@ pub fn length_extrapolation(
     stop: &StopFlag,
 ) -> Result<Option<LengthMetrics>> {
     let Some(&longest) = lengths.iter().max() else { bail!("no context lengths given") };
-    let mut metrics =
-        LengthMetrics { step, trained_length, lengths: lengths.to_vec(), loss: Vec::new(), loss_by_position: Vec::new() };
+    let mut metrics = LengthMetrics {
+        step,
+        trained_length,
+        lengths: lengths.to_vec(),
+        loss: Vec::new(),
+        loss_by_position: Vec::new(),
+    };
     let buckets = position_buckets(longest);
     let mut sums = vec![LossSum::default(); buckets.len()];
     // The same tokens for every length: whole windows of the longest.

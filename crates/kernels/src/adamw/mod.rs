@@ -11,8 +11,6 @@
 
 pub mod cpu;
 
-pub use cpu::step;
-
 /// Hyperparameters of one update.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamW {

@@ -5,7 +5,8 @@ use rayon::prelude::*;
 use super::{IGNORE_INDEX, LinearCrossEntropySpec};
 use crate::error::{KernelError, Result, check_len};
 use crate::float::Float;
-use crate::matmul::{MatmulSpec, MatrixStrides, matmul};
+use crate::matmul::cpu::matmul;
+use crate::matmul::{MatmulSpec, MatrixStrides};
 use crate::parallel::{max_of, rows_per_task, sum_by};
 use crate::simd::vectorize;
 

@@ -10,8 +10,6 @@
 
 pub mod cpu;
 
-pub use cpu::forward;
-
 /// The label of a token that takes no part in the loss.
 pub const IGNORE_INDEX: i32 = -100;
 

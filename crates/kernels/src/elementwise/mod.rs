@@ -8,8 +8,6 @@
 
 pub mod cpu;
 
-pub use cpu::{accumulate, binary, copy, scale_in_place, unary};
-
 pub use crate::strided::Strided;
 
 /// A function of one number.

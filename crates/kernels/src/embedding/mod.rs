@@ -6,8 +6,6 @@
 
 pub mod cpu;
 
-pub use cpu::{backward, forward};
-
 /// Sizes of an embedding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EmbeddingSpec {

@@ -9,8 +9,6 @@
 
 pub mod cpu;
 
-pub use cpu::{backward, forward};
-
 /// Sizes of a per-head GroupNorm.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GroupNormSpec {

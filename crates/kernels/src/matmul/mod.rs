@@ -8,8 +8,6 @@
 
 pub mod cpu;
 
-pub use cpu::matmul;
-
 use crate::error::Result;
 use crate::strided::{check_no_overlap, check_view};
 

@@ -11,8 +11,6 @@
 
 pub mod cpu;
 
-pub use cpu::{reduce, sum_of_squares};
-
 /// How the elements along the axes are combined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reduction {

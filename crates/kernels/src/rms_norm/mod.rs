@@ -8,8 +8,6 @@
 
 pub mod cpu;
 
-pub use cpu::{backward, forward};
-
 /// Sizes of an RMSNorm.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RmsNormSpec {

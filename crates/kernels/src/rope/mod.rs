@@ -8,8 +8,6 @@
 
 pub mod cpu;
 
-pub use cpu::rotate;
-
 /// Sizes of a rotary embedding.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RopeSpec {

@@ -1,5 +1,6 @@
 use stickbreak_kernels::KernelError;
-use stickbreak_kernels::cross_entropy::{IGNORE_INDEX, LinearCrossEntropySpec, forward};
+use stickbreak_kernels::cross_entropy::cpu::forward;
+use stickbreak_kernels::cross_entropy::{IGNORE_INDEX, LinearCrossEntropySpec};
 
 use crate::support::*;
 

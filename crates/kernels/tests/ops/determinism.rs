@@ -2,11 +2,14 @@
 
 use stickbreak_kernels::adamw::{self, AdamW};
 use stickbreak_kernels::cross_entropy::{self, LinearCrossEntropySpec};
-use stickbreak_kernels::elementwise::{BinaryOp, Strided, UnaryOp, accumulate, binary, unary};
+use stickbreak_kernels::elementwise::cpu::{accumulate, binary, unary};
+use stickbreak_kernels::elementwise::{BinaryOp, Strided, UnaryOp};
 use stickbreak_kernels::embedding::{self, EmbeddingSpec};
 use stickbreak_kernels::group_norm::{self, GroupNormSpec};
-use stickbreak_kernels::matmul::{MatmulSpec, MatrixStrides, matmul};
-use stickbreak_kernels::reduce::{Reduction, reduce, sum_of_squares};
+use stickbreak_kernels::matmul::cpu::matmul;
+use stickbreak_kernels::matmul::{MatmulSpec, MatrixStrides};
+use stickbreak_kernels::reduce::Reduction;
+use stickbreak_kernels::reduce::cpu::{reduce, sum_of_squares};
 use stickbreak_kernels::rms_norm::{self, RmsNormSpec};
 use stickbreak_kernels::rope::{self, RopeSpec};
 use stickbreak_kernels::swiglu;
@@ -78,9 +81,9 @@ fn elementwise_ops_do_not_depend_on_threads() {
         unary(UnaryOp::Silu, &[n], view(&x), &mut a).unwrap();
         binary(BinaryOp::Divide, &[n], view(&a), view(&y), &mut b).unwrap();
         accumulate(&[n], 0.3, view(&a), &mut b, &[1]).unwrap();
-        swiglu::forward(&b, &x, &mut a).unwrap();
+        swiglu::cpu::forward(&b, &x, &mut a).unwrap();
         let mut dup = vec![0f32; n];
-        swiglu::backward(&x, &y, &a, Some(&mut b), Some(&mut dup)).unwrap();
+        swiglu::cpu::backward(&x, &y, &a, Some(&mut b), Some(&mut dup)).unwrap();
         [a, b, dup].concat()
     });
     assert_same("adamw", || {
@@ -94,7 +97,7 @@ fn elementwise_ops_do_not_depend_on_threads() {
             grad_scale: 0.7,
         };
         let (mut p, mut m, mut v) = (x.clone(), y.clone(), y.iter().map(|y| y * y).collect::<Vec<_>>());
-        adamw::step(&spec, &mut p, &y, &mut m, &mut v).unwrap();
+        adamw::cpu::step(&spec, &mut p, &y, &mut m, &mut v).unwrap();
         [p, m, v].concat()
     });
 }
@@ -107,25 +110,25 @@ fn norms_do_not_depend_on_threads() {
     assert_same("rms_norm", || {
         let spec = RmsNormSpec { rows: tokens, width, epsilon: 1e-5 };
         let (mut out, mut rms) = (vec![0f32; n], vec![0f32; tokens]);
-        rms_norm::forward(&spec, &x, &weight, &mut out, &mut rms).unwrap();
+        rms_norm::cpu::forward(&spec, &x, &weight, &mut out, &mut rms).unwrap();
         let (mut dx, mut dweight) = (vec![0f32; n], vec![0f32; width]);
-        rms_norm::backward(&spec, &x, &weight, &rms, &dout, Some(&mut dx), Some(&mut dweight)).unwrap();
+        rms_norm::cpu::backward(&spec, &x, &weight, &rms, &dout, Some(&mut dx), Some(&mut dweight)).unwrap();
         [out, rms, dx, dweight].concat()
     });
     assert_same("group_norm", || {
         let spec = GroupNormSpec { tokens, heads, head_dim, epsilon: 1e-5 };
         let (mut out, mut mean, mut std) = (vec![0f32; n], vec![0f32; tokens * heads], vec![0f32; tokens * heads]);
-        group_norm::forward(&spec, &x, &weight, &weight, &mut out, &mut mean, &mut std).unwrap();
+        group_norm::cpu::forward(&spec, &x, &weight, &weight, &mut out, &mut mean, &mut std).unwrap();
         let (mut dx, mut dw, mut db) = (vec![0f32; n], vec![0f32; width], vec![0f32; width]);
         let (want_dx, want_dw, want_db) = (Some(&mut dx[..]), Some(&mut dw[..]), Some(&mut db[..]));
-        group_norm::backward(&spec, &x, &weight, &mean, &std, &dout, want_dx, want_dw, want_db).unwrap();
+        group_norm::cpu::backward(&spec, &x, &weight, &mean, &std, &dout, want_dx, want_dw, want_db).unwrap();
         [out, mean, std, dx, dw, db].concat()
     });
     assert_same("rope", || {
         let spec = RopeSpec { tokens, heads, head_dim, theta: 1e4 };
         let positions: Vec<u32> = (0..tokens as u32).collect();
         let mut out = vec![0f32; n];
-        rope::rotate(&spec, &positions, false, &x, &mut out).unwrap();
+        rope::cpu::rotate(&spec, &positions, false, &x, &mut out).unwrap();
         out
     });
 }
@@ -138,14 +141,14 @@ fn embedding_and_cross_entropy_do_not_depend_on_threads() {
     assert_same("embedding", || {
         let spec = EmbeddingSpec { tokens, vocabulary, width };
         let mut dtable = weight.clone();
-        embedding::backward(&spec, &ids, &x, &mut dtable).unwrap();
+        embedding::cpu::backward(&spec, &ids, &x, &mut dtable).unwrap();
         dtable
     });
     let labels: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
     assert_same("cross_entropy", || {
         let spec = LinearCrossEntropySpec { tokens, width, vocabulary, logit_scale: 1.0, chunk: 256 };
         let (mut loss, mut dx, mut dw) = (vec![0f32; tokens], vec![0f32; x.len()], vec![0f32; weight.len()]);
-        cross_entropy::forward(&spec, &x, &weight, &labels, &mut loss, Some(&mut dx), Some(&mut dw)).unwrap();
+        cross_entropy::cpu::forward(&spec, &x, &weight, &labels, &mut loss, Some(&mut dx), Some(&mut dw)).unwrap();
         [loss, dx, dw].concat()
     });
 }

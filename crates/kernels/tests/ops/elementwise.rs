@@ -1,5 +1,6 @@
 use proptest::prelude::*;
-use stickbreak_kernels::elementwise::{BinaryOp, Strided, UnaryOp, accumulate, binary, copy, scale_in_place, unary};
+use stickbreak_kernels::elementwise::cpu::{accumulate, binary, copy, scale_in_place, unary};
+use stickbreak_kernels::elementwise::{BinaryOp, Strided, UnaryOp};
 use stickbreak_kernels::swiglu;
 
 use crate::support::*;
@@ -161,20 +162,20 @@ fn swiglu_matches_the_formula_and_its_derivative() {
     };
     let expected = formula(&gate, &up);
     let mut out = vec![f64::NAN; n];
-    swiglu::forward(&gate, &up, &mut out).unwrap();
+    swiglu::cpu::forward(&gate, &up, &mut out).unwrap();
     assert_close("f64", &out, &expected, 1e-15);
     let mut out = vec![f32::NAN; n];
-    swiglu::forward(&single(&gate), &single(&up), &mut out).unwrap();
+    swiglu::cpu::forward(&single(&gate), &single(&up), &mut out).unwrap();
     assert_close("f32", &double(&out), &expected, 3e-7);
 
     let (mut dgate, mut dup) = (vec![f64::NAN; n], vec![f64::NAN; n]);
-    swiglu::backward(&gate, &up, &dout, Some(&mut dgate), Some(&mut dup)).unwrap();
+    swiglu::cpu::backward(&gate, &up, &dout, Some(&mut dgate), Some(&mut dup)).unwrap();
     assert_gradient("dgate", &gate, &dgate, |gate| dot(&formula(gate, &up), &dout));
     assert_gradient("dup", &up, &dup, |up| dot(&formula(&gate, up), &dout));
     let (mut dgate_alone, mut dup_alone) = (vec![f64::NAN; n], vec![f64::NAN; n]);
-    swiglu::backward(&gate, &up, &dout, Some(&mut dgate_alone), None).unwrap();
-    swiglu::backward(&gate, &up, &dout, None, Some(&mut dup_alone)).unwrap();
+    swiglu::cpu::backward(&gate, &up, &dout, Some(&mut dgate_alone), None).unwrap();
+    swiglu::cpu::backward(&gate, &up, &dout, None, Some(&mut dup_alone)).unwrap();
     assert_eq!((dgate_alone, dup_alone), (dgate, dup));
-    assert_length_error(swiglu::forward(&gate, &up[1..], &mut vec![0.0; n]), n, n - 1);
-    assert_length_error(swiglu::backward(&gate, &up, &dout[1..], None, None), n, n - 1);
+    assert_length_error(swiglu::cpu::forward(&gate, &up[1..], &mut vec![0.0; n]), n, n - 1);
+    assert_length_error(swiglu::cpu::backward(&gate, &up, &dout[1..], None, None), n, n - 1);
 }

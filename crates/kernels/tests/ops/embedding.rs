@@ -10,7 +10,7 @@ fn rows_are_gathered_and_gradients_scattered_in_token_order() {
     let ids = random_ids(1, tokens, vocabulary as u32);
     let table = random(2, vocabulary * width);
     let mut out = vec![f64::NAN; tokens * width];
-    embedding::forward(&spec, &ids, &table, &mut out).unwrap();
+    embedding::cpu::forward(&spec, &ids, &table, &mut out).unwrap();
     for (t, &id) in ids.iter().enumerate() {
         assert_eq!(out[t * width..][..width], table[id as usize * width..][..width]);
     }
@@ -24,7 +24,7 @@ fn rows_are_gathered_and_gradients_scattered_in_token_order() {
         }
     }
     let mut dtable = start;
-    embedding::backward(&spec, &ids, &dout, &mut dtable).unwrap();
+    embedding::cpu::backward(&spec, &ids, &dout, &mut dtable).unwrap();
     assert_eq!(dtable, expected);
 }
 
@@ -32,14 +32,14 @@ fn rows_are_gathered_and_gradients_scattered_in_token_order() {
 fn ids_outside_of_the_vocabulary_and_wrong_lengths_are_refused() {
     let spec = EmbeddingSpec { tokens: 3, vocabulary: 4, width: 2 };
     let (table, mut out) = ([0f32; 8], [7f32; 6]);
-    let error = embedding::forward(&spec, &[0, 4, 1], &table, &mut out).unwrap_err();
+    let error = embedding::cpu::forward(&spec, &[0, 4, 1], &table, &mut out).unwrap_err();
     assert!(matches!(error, KernelError::Index { position: 1, value: 4, .. }), "{error}");
     assert!(error.to_string().contains("vocabulary of 4"), "{error}");
     assert_eq!(out, [7.0; 6]);
     let mut dtable = [7f32; 8];
-    assert!(embedding::backward(&spec, &[0, u32::MAX, 1], &out, &mut dtable).is_err());
+    assert!(embedding::cpu::backward(&spec, &[0, u32::MAX, 1], &out, &mut dtable).is_err());
     assert_eq!(dtable, [7.0; 8]);
-    assert_length_error(embedding::forward(&spec, &[0, 1], &table, &mut out), 3, 2);
-    assert_length_error(embedding::forward(&spec, &[0, 1, 2], &table[1..], &mut out), 8, 7);
-    assert_length_error(embedding::backward(&spec, &[0, 1, 2], &out[1..], &mut dtable), 6, 5);
+    assert_length_error(embedding::cpu::forward(&spec, &[0, 1], &table, &mut out), 3, 2);
+    assert_length_error(embedding::cpu::forward(&spec, &[0, 1, 2], &table[1..], &mut out), 8, 7);
+    assert_length_error(embedding::cpu::backward(&spec, &[0, 1, 2], &out[1..], &mut dtable), 6, 5);
 }

@@ -1,5 +1,6 @@
 use proptest::prelude::*;
-use stickbreak_kernels::matmul::{MatmulSpec, MatrixStrides, matmul};
+use stickbreak_kernels::matmul::cpu::matmul;
+use stickbreak_kernels::matmul::{MatmulSpec, MatrixStrides};
 
 use crate::support::*;
 

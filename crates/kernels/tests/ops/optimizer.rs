@@ -1,4 +1,5 @@
-use stickbreak_kernels::adamw::{AdamW, step};
+use stickbreak_kernels::adamw::AdamW;
+use stickbreak_kernels::adamw::cpu::step;
 
 use crate::support::*;
 

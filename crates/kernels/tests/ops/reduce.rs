@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 use stickbreak_kernels::elementwise::Strided;
-use stickbreak_kernels::reduce::{Reduction, reduce, sum_of_squares};
+use stickbreak_kernels::reduce::Reduction;
+use stickbreak_kernels::reduce::cpu::{reduce, sum_of_squares};
 use stickbreak_kernels::strided::contiguous_strides;
 
 use crate::support::*;

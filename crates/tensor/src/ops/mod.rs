@@ -1,6 +1,6 @@
 //! Ops on tensors: each validates its shapes, allocates its output and dispatches to a kernel.
 
-//ATT
+pub mod attention;
 mod elementwise;
 mod matmul;
 pub mod nn;

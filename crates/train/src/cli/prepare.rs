@@ -1,6 +1,6 @@
 //! `stickbreak prepare`.
 
-use crate::data::prepare::{progress_bar, prepare};
+use crate::data::prepare::{prepare, progress_bar};
 use crate::data::{Input, PrepareOptions, Validation};
 use crate::trainer::tokenizer_choice;
 use anyhow::Result;

@@ -25,6 +25,7 @@ use stickbreak_autograd::Tape;
 use stickbreak_model::{Sampling, Transformer, count};
 use stickbreak_tensor::memory_use;
 
+pub(crate) use memory::available_memory;
 pub use snapshot::program_version;
 pub use text::{Text, tokenizer_choice};
 
@@ -82,6 +83,13 @@ impl Trainer {
         let model = Transformer::new(config.model.clone(), config.dtype.into())?;
         let optimizer = Optimizer::new(config.optimizer.clone(), &model);
         let checkpoint = store.latest_valid()?;
+        if let (None, Some(step)) = (&checkpoint, store.steps()?.last()) {
+            bail!(
+                "{} has checkpoints up to step {step}, but none of them is valid (see the warnings above); \
+                 move them away to start from the beginning",
+                store.root().display()
+            );
+        }
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step());
         if let Some(checkpoint) = &checkpoint {
             // Before the metrics are cut back to the checkpoint's step: a mistaken command must lose nothing.
@@ -209,10 +217,14 @@ impl Trainer {
     fn non_finite(&mut self, loss: f64) -> Result<()> {
         let step = self.step + 1;
         let culprit = if loss.is_finite() {
-            let broken = self.model.arena().iter().find(|(_, parameter)| {
-                !parameter.gradient.sum_of_squares().is_ok_and(f64::is_finite)
-            });
-            broken.map_or("the sum of the squared gradients".into(), |(entry, _)| format!("the gradient of {}", entry.name))
+            let broken = self
+                .model
+                .arena()
+                .iter()
+                .find(|(_, parameter)| !parameter.gradient.sum_of_squares().is_ok_and(f64::is_finite));
+            broken.map_or("the sum of the squared gradients".into(), |(entry, _)| {
+                format!("the gradient of {}", entry.name)
+            })
         } else {
             format!("the loss ({loss})")
         };

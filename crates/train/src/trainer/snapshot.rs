@@ -81,9 +81,10 @@ pub(super) fn check_identity(checkpoint: &Checkpoint, config: &RunConfig, data_f
 /// Version and commit of this program.
 pub fn program_version() -> String {
     let version = env!("CARGO_PKG_VERSION");
-    match option_env!("STICKBREAK_COMMIT") {
-        Some(commit) => format!("stickbreak {version} ({commit})"),
-        None => format!("stickbreak {version}"),
+    // Set by `cargo xtask`, which knows the checkout; compiling it in would rebuild the program at every commit.
+    match std::env::var("STICKBREAK_COMMIT") {
+        Ok(commit) => format!("stickbreak {version} ({commit})"),
+        Err(_) => format!("stickbreak {version}"),
     }
 }
 

@@ -1,9 +1,7 @@
 //! A run's tokens: opens the prepared folder, or makes it first.
 
 use crate::config::{DataConfig, RunConfig};
-use crate::data::{
-    Dataset, Input, Loader, PrepareOptions, SplitName, Tokenizer, TokenizerChoice, Validation, prepare,
-};
+use crate::data::{Dataset, Input, Loader, PrepareOptions, SplitName, Tokenizer, TokenizerChoice, Validation, prepare};
 use anyhow::{Context, Result, bail};
 use std::sync::Arc;
 

@@ -19,16 +19,8 @@ pub(super) fn compare(path: &Path, dtype: DType, bounds: Bounds) -> Result<Vec<C
     let (q, k, v) = (input("q")?, input("k")?, input("v")?);
     let cu_seqlens = file.tensor(path, "cu_seqlens")?.to_vec::<i32>()?;
     let out = stick_breaking(&q, &k, &v, &cu_seqlens, settings)?;
-    let [dq, dk, dv] = stick_breaking_backward(
-        &q,
-        &k,
-        &v,
-        &cu_seqlens,
-        settings,
-        &out.saved,
-        &input("do")?,
-        Some(&input("drem")?),
-    )?;
+    let [dq, dk, dv] =
+        stick_breaking_backward(&q, &k, &v, &cu_seqlens, settings, &out.saved, &input("do")?, Some(&input("drem")?))?;
     let head_dim = q.dim(2)?;
     let results = [
         ("o", out.o, head_dim),

@@ -69,12 +69,14 @@ pub fn verify(folder: &Path) -> Result<usize> {
     }
     for dtype in [DType::F64, DType::F32] {
         let bounds = Bounds::of(dtype);
-        let cases = attention_files.iter().map(|path| ("attention", path)).chain(model_folders.iter().map(|p| ("model", p)));
+        let cases =
+            attention_files.iter().map(|path| ("attention", path)).chain(model_folders.iter().map(|p| ("model", p)));
         for (kind, path) in cases {
             let name = path.file_stem().unwrap_or_default().to_string_lossy();
             let run = if kind == "attention" { attention::compare } else { model::compare };
             let comparisons = run(path, dtype, bounds).with_context(|| format!("in {}", path.display()))?;
-            let worst = comparisons.iter().max_by(|a, b| a.share().total_cmp(&b.share())).context("nothing compared")?;
+            let worst =
+                comparisons.iter().max_by(|a, b| a.share().total_cmp(&b.share())).context("nothing compared")?;
             let ok = comparisons.iter().all(Comparison::passes);
             println!(
                 "{} {dtype} {kind:<9} {name:<26} worst {:<34} error {:.1e}  bound {:.0e}  ({} quantities)",

@@ -1,0 +1,242 @@
+//! Attention over packed documents: q `[T, Hq, D]`, k and v `[T, Hkv, D]`, `cu_seqlens` as in
+//! [`stickbreak_kernels::attention`]. Tokens may be strided (views into one projection of q, k and v); the heads of a
+//! token must lie together.
+
+use super::{expect_shape, same_dtype};
+use crate::tensor::for_float;
+use crate::{Result, Tensor, TensorError};
+use std::sync::Arc;
+use stickbreak_kernels::attention::softmax::{self, SoftmaxSpec};
+use stickbreak_kernels::attention::stick_breaking::{self, StickBreakingOutputs, StickBreakingSpec};
+use stickbreak_kernels::attention::{AttentionGradients, AttentionInputs, AttentionLayout};
+
+pub use stickbreak_kernels::attention::softmax::alibi_slopes;
+pub use stickbreak_kernels::attention::stick_breaking::StickBreakingSaved;
+
+/// Scale, mask and early exit of stick-breaking attention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StickBreakingSettings {
+    /// Factor of q.k.
+    pub scale: f64,
+    /// Whether a token sees its own key.
+    pub attend_current: bool,
+    /// Keys are skipped once every row of a tile has less than 2^-k of its stick left; 0 never skips.
+    pub early_exit_bits: u32,
+}
+
+/// Scale and position bias of causal softmax attention.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SoftmaxSettings {
+    /// Factor of q.k.
+    pub scale: f64,
+    /// Bias `-slope_h * (i - j)` of each query head (ALiBi), if any.
+    pub alibi_slopes: Option<Vec<f64>>,
+}
+
+/// What stick-breaking attention returns.
+#[derive(Debug, Clone)]
+pub struct StickBreaking {
+    /// Output, `[T, Hq, D]`.
+    pub o: Tensor,
+    /// What is left of each query's stick, `[T, Hq]`.
+    pub rem: Tensor,
+    /// Its binary logarithm, finite where `rem` underflows, `[T, Hq]`.
+    pub log2_rem: Tensor,
+    /// What the backward pass needs beside the inputs, and how many tiles were visited.
+    pub saved: Arc<StickBreakingSaved>,
+}
+
+/// Row-major within a token: strides `[anything, D, 1]`. A copy if it is not so.
+fn token_strided(tensor: &Tensor) -> Tensor {
+    let (shape, strides) = (tensor.shape(), tensor.strides());
+    let heads_together = (shape[2] == 1 || strides[2] == 1)
+        && (shape[1] == 1 || strides[1] == shape[2])
+        && strides[0] >= shape[1] * shape[2];
+    if heads_together || tensor.is_contiguous() { tensor.clone() } else { tensor.copy() }
+}
+
+struct Operands {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: AttentionLayout,
+}
+
+impl Operands {
+    fn new(op: &'static str, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
+        let (&[tokens, query_heads, head_dim], &[_, kv_heads, _]) = (&q.shape()[..], &k.shape()[..]) else {
+            let why = "q must be [tokens, heads, head_dim] and k [tokens, kv_heads, head_dim]".into();
+            return Err(TensorError::ShapePair { op, left: q.shape().clone(), right: k.shape().clone(), why });
+        };
+        for (argument, tensor) in [("k", k), ("v", v)] {
+            same_dtype(op, argument, q.dtype(), tensor)?;
+            expect_shape(op, argument, tensor, &[tokens, kv_heads, head_dim])?;
+        }
+        let (q, k, v) = (token_strided(q), token_strided(k), token_strided(v));
+        let stride = |t: &Tensor, heads: usize| if tokens <= 1 { heads * head_dim } else { t.strides()[0] };
+        let layout = AttentionLayout {
+            query_stride: stride(&q, query_heads),
+            key_stride: stride(&k, kv_heads),
+            value_stride: stride(&v, kv_heads),
+            ..AttentionLayout::contiguous(tokens, query_heads, kv_heads, head_dim)
+        };
+        Ok(Self { q, k, v, layout })
+    }
+
+    fn gradients(&self) -> [Tensor; 3] {
+        [&self.q, &self.k, &self.v].map(|t| Tensor::empty(t.shape(), t.dtype()))
+    }
+}
+
+/// Stick-breaking attention (arXiv 2410.17980, equation 2).
+///
+/// # Errors
+/// If shapes, dtypes or document offsets do not fit.
+pub fn stick_breaking(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    cu_seqlens: &[i32],
+    settings: StickBreakingSettings,
+) -> Result<StickBreaking> {
+    const OP: &str = "stick_breaking_attention";
+    let operands = Operands::new(OP, q, k, v)?;
+    let spec = spec(&operands.layout, settings);
+    let heads = [operands.layout.tokens, operands.layout.query_heads];
+    let o = Tensor::empty(q.shape(), q.dtype());
+    let (rem, log2_rem) = (Tensor::empty(heads, q.dtype()), Tensor::empty(heads, q.dtype()));
+    let saved = for_float!(OP, q.dtype(), T => {
+        let (q, k, v) = (operands.q.read::<T>()?, operands.k.read::<T>()?, operands.v.read::<T>()?);
+        let (mut o, mut rem, mut log2) = (o.expect_write::<T>(), rem.expect_write::<T>(), log2_rem.expect_write::<T>());
+        let inputs = AttentionInputs { q: &q, k: &k, v: &v, cu_seqlens };
+        let outputs = StickBreakingOutputs { o: &mut o, rem: Some(&mut rem), log2_rem: Some(&mut log2) };
+        Ok(stick_breaking::cpu::forward(&spec, &inputs, outputs)?)
+    })?;
+    Ok(StickBreaking { o, rem, log2_rem, saved: Arc::new(saved) })
+}
+
+fn spec(layout: &AttentionLayout, settings: StickBreakingSettings) -> StickBreakingSpec {
+    StickBreakingSpec {
+        layout: *layout,
+        scale: settings.scale,
+        attend_current: settings.attend_current,
+        early_exit_bits: settings.early_exit_bits,
+    }
+}
+
+/// Gradients of [`stick_breaking`] with respect to q, k and v, given those of o and, if it was used, of rem.
+///
+/// # Errors
+/// If shapes, dtypes or document offsets do not fit, or `saved` is another call's.
+#[expect(clippy::too_many_arguments, reason = "the inputs of the forward pass and the gradients of its outputs")]
+pub fn stick_breaking_backward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    cu_seqlens: &[i32],
+    settings: StickBreakingSettings,
+    saved: &StickBreakingSaved,
+    output_gradient: &Tensor,
+    rem_gradient: Option<&Tensor>,
+) -> Result<[Tensor; 3]> {
+    const OP: &str = "stick_breaking_attention_backward";
+    let operands = Operands::new(OP, q, k, v)?;
+    expect_shape(OP, "output gradient", output_gradient, q.shape())?;
+    same_dtype(OP, "output gradient", q.dtype(), output_gradient)?;
+    let spec = spec(&operands.layout, settings);
+    let output_gradient = output_gradient.contiguous();
+    let rem_gradient = rem_gradient.map(Tensor::contiguous);
+    let rows = operands.layout.tokens * operands.layout.query_heads;
+    let [dq, dk, dv] = operands.gradients();
+    for_float!(OP, q.dtype(), T => {
+        let (q, k, v) = (operands.q.read::<T>()?, operands.k.read::<T>()?, operands.v.read::<T>()?);
+        let (d_o, drem) = (output_gradient.read::<T>()?, rem_gradient.as_ref().map(|t| t.read::<T>()).transpose()?);
+        let (mut dq, mut dk, mut dv) = (dq.expect_write::<T>(), dk.expect_write::<T>(), dv.expect_write::<T>());
+        let inputs = AttentionInputs { q: &q, k: &k, v: &v, cu_seqlens };
+        let gradients = AttentionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+        let drem = drem.as_ref().map(|t| &t[..rows]);
+        Ok(stick_breaking::cpu::backward(&spec, &inputs, &d_o, drem, saved, gradients)?)
+    })?;
+    Ok([dq, dk, dv])
+}
+
+/// Causal softmax attention; returns the output and each row's log of the sum of exponentials, `[T, Hq]`.
+///
+/// # Errors
+/// If shapes, dtypes or document offsets do not fit.
+pub fn softmax(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    cu_seqlens: &[i32],
+    settings: &SoftmaxSettings,
+) -> Result<(Tensor, Tensor)> {
+    const OP: &str = "softmax_attention";
+    let operands = Operands::new(OP, q, k, v)?;
+    let o = Tensor::empty(q.shape(), q.dtype());
+    let lse = Tensor::empty([operands.layout.tokens, operands.layout.query_heads], q.dtype());
+    let spec = softmax_spec(&operands.layout, settings);
+    for_float!(OP, q.dtype(), T => {
+        let (q, k, v) = (operands.q.read::<T>()?, operands.k.read::<T>()?, operands.v.read::<T>()?);
+        let inputs = AttentionInputs { q: &q, k: &k, v: &v, cu_seqlens };
+        Ok(softmax::cpu::forward(&spec, &inputs, &mut o.expect_write::<T>(), &mut lse.expect_write::<T>())?)
+    })?;
+    Ok((o, lse))
+}
+
+fn softmax_spec(layout: &AttentionLayout, settings: &SoftmaxSettings) -> SoftmaxSpec {
+    SoftmaxSpec { layout: *layout, scale: settings.scale, alibi_slopes: settings.alibi_slopes.clone() }
+}
+
+/// Gradients of [`softmax`] with respect to q, k and v.
+///
+/// # Errors
+/// If shapes, dtypes or document offsets do not fit.
+pub fn softmax_backward(
+    qkv: [&Tensor; 3],
+    cu_seqlens: &[i32],
+    settings: &SoftmaxSettings,
+    (o, lse): (&Tensor, &Tensor),
+    output_gradient: &Tensor,
+) -> Result<[Tensor; 3]> {
+    const OP: &str = "softmax_attention_backward";
+    let [q, k, v] = qkv;
+    let operands = Operands::new(OP, q, k, v)?;
+    expect_shape(OP, "output gradient", output_gradient, q.shape())?;
+    same_dtype(OP, "output gradient", q.dtype(), output_gradient)?;
+    let output_gradient = output_gradient.contiguous();
+    let spec = softmax_spec(&operands.layout, settings);
+    let (elements, rows) = (q.elements(), operands.layout.tokens * operands.layout.query_heads);
+    let [dq, dk, dv] = operands.gradients();
+    for_float!(OP, q.dtype(), T => {
+        let (q, k, v) = (operands.q.read::<T>()?, operands.k.read::<T>()?, operands.v.read::<T>()?);
+        let (o, lse, d_o) = (o.read::<T>()?, lse.read::<T>()?, output_gradient.read::<T>()?);
+        let (mut dq, mut dk, mut dv) = (dq.expect_write::<T>(), dk.expect_write::<T>(), dv.expect_write::<T>());
+        let inputs = AttentionInputs { q: &q, k: &k, v: &v, cu_seqlens };
+        let gradients = AttentionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+        Ok(softmax::cpu::backward(&spec, &inputs, &o[..elements], &lse[..rows], &d_o[..elements], gradients)?)
+    })?;
+    Ok([dq, dk, dv])
+}
+
+/// The dense attention weights of one document, `[Hq, T, T]` (row = query, column = key): for pictures of short texts.
+///
+/// # Errors
+/// If shapes or dtypes do not fit.
+pub fn stick_breaking_weights(q: &Tensor, k: &Tensor, settings: StickBreakingSettings) -> Result<Tensor> {
+    const OP: &str = "stick_breaking_weights";
+    let operands = Operands::new(OP, q, k, k)?;
+    let AttentionLayout { tokens, query_heads, .. } = operands.layout;
+    let spec = spec(&operands.layout, settings);
+    for_float!(OP, q.dtype(), T => {
+        let (q, k) = (operands.q.read::<T>()?, operands.k.read::<T>()?);
+        let inputs = AttentionInputs { q: &q, k: &k, v: &k, cu_seqlens: &[0, tokens as i32] };
+        let mut weights = Vec::with_capacity(query_heads * tokens * tokens);
+        for head in 0..query_heads {
+            weights.extend(stick_breaking::reference::attention_weights(&spec, &inputs, 0, head)?);
+        }
+        Tensor::from_vec(weights, [query_heads, tokens, tokens])
+    })
+}
+pub fn stick_breaking_decode(q: &Tensor, k: &Tensor, v: &Tensor, settings: StickBreakingSettings) -> Result<(Tensor, Tensor)> { todo!() }
+pub fn softmax_decode(q: &Tensor, k: &Tensor, v: &Tensor, settings: &SoftmaxSettings) -> Result<Tensor> { todo!() }
