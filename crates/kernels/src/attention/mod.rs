@@ -5,13 +5,16 @@
 //! packed projection. Query head h reads key/value head h / (query_heads / kv_heads) (grouped-query attention in the
 //! `repeat_interleave` order).
 //!
-//! * [`stick_breaking`]: the attention this project is about.
+//! * [`stick_breaking`]: the attention this project is about;
+//! * [`softmax`]: the baseline, with optional ALiBi.
 //!
 //! Memory is linear in the number of tokens: nothing of size tokens x tokens is kept or even held.
 
+pub mod decode;
 mod gradients;
 mod pack;
 mod schedule;
+pub mod softmax;
 pub mod stick_breaking;
 mod tile;
 

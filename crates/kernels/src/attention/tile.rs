@@ -64,6 +64,17 @@ pub(super) fn scores<T: Float>(scores: &mut [Lanes<T>], keys: &[[T; BLOCK]], que
     }
 }
 
+/// Hides keys from rows by z = -infinity: row `lane` sees the keys below `all + lane`. A hidden key gets weight 0 in
+/// either attention, exactly, and leaves a stick whole.
+#[inline(always)]
+pub(super) fn hide_future<T: Float>(z: &mut [Lanes<T>], all: usize) {
+    for (key, z) in z.iter_mut().enumerate().skip(all) {
+        for lane in 0..LANES {
+            z[lane] = if key < all + lane { z[lane] } else { T::NEG_INFINITY };
+        }
+    }
+}
+
 /// The part of a query tile that its document really has, and which keys each of its panels sees.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Visible {

@@ -8,14 +8,14 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::stick::{LogRemainder, break_stick, hide_future, keep_only, score_gradient, shorten_stick, split_sticks};
+use super::stick::{LogRemainder, break_stick, keep_only, score_gradient, shorten_stick, split_sticks};
 use super::{StickBreakingOutputs, StickBreakingSaved, StickBreakingSpec};
 use crate::attention::gradients::TileGradients;
 use crate::attention::pack::{DimBlocks, KeyBlocks, Rows, pack_panels, unpack_panels};
 use crate::attention::schedule::{
     BackwardTask, KeyGradients, QueryTile, backward_tasks, interleave_heads, query_tiles, reduce_key_gradients, split,
 };
-use crate::attention::tile::{BLOCK, LANES, Lanes, PANELS, TILE_KEYS, TILE_ROWS, accumulate, scores};
+use crate::attention::tile::{BLOCK, LANES, Lanes, PANELS, TILE_KEYS, TILE_ROWS, accumulate, hide_future, scores};
 use crate::attention::{AttentionGradients, AttentionInputs};
 use crate::error::check_len;
 use crate::{Float, Result};
@@ -87,7 +87,7 @@ pub fn forward<T: Float>(
 }
 
 /// 2^-k, or a number that no remainder is below.
-fn early_exit_threshold<T: Float>(bits: u32) -> T {
+pub(super) fn early_exit_threshold<T: Float>(bits: u32) -> T {
     if bits == 0 { T::ZERO } else { T::from_f64((-f64::from(bits)).exp2()) }
 }
 

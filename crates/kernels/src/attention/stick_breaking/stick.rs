@@ -6,17 +6,6 @@
 use crate::Float;
 use crate::attention::tile::{LANES, Lanes};
 
-/// Hides keys from rows by z = -infinity, which makes beta = 0 and 1 - beta = 1 exactly: row `lane` sees the keys below
-/// `all + lane`.
-#[inline(always)]
-pub(super) fn hide_future<T: Float>(z: &mut [Lanes<T>], all: usize) {
-    for (key, z) in z.iter_mut().enumerate().skip(all) {
-        for lane in 0..LANES {
-            z[lane] = if key < all + lane { z[lane] } else { T::NEG_INFINITY };
-        }
-    }
-}
-
 /// Replaces z by beta = sigmoid(z) and writes keep = 1 - beta = sigmoid(-z).
 #[inline(always)]
 pub(super) fn split_sticks<T: Float>(z: &mut [Lanes<T>], keep: &mut [Lanes<T>]) {
