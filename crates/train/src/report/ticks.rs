@@ -93,7 +93,7 @@ pub(super) fn short_number(value: f64) -> String {
         _ if size >= 1e6 => (value / 1e6, "M"),
         _ if size >= 1e4 => (value / 1e3, "k"),
         _ if size == 0.0 => return "0".to_owned(),
-        _ if size < 1e-3 => {
+        _ if size < 1e-2 => {
             let text = format!("{value:.2e}");
             let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
             return format!("{}e{exponent}", trim_zeros(mantissa));
