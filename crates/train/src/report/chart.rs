@@ -161,7 +161,7 @@ fn svg(series: &[Series], labels: &ChartLabels, (width, height): Size, style: &s
     let mut x = right;
     for (colour, faint, name) in legend.into_iter().rev() {
         let _ = write!(out, "<text class=\"tick end\" x=\"{x:.1}\" y=\"26\">{}</text>", escape(name));
-        x -= name.chars().count() as f64 * 6.6 + 8.0;
+        x -= name.chars().count() as f64 * 6.2 + 6.0;
         let _ = write!(out, "<path class=\"line c{colour}{faint}\" d=\"M{:.1} 22H{x:.1}\"/>", x - 18.0);
         x -= 34.0;
     }

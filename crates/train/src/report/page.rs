@@ -273,9 +273,10 @@ fn smoothed(name: &str, points: Vec<(f64, f64)>) -> Vec<Series> {
         sums.push(if y.is_finite() { (sum + y, number + 1.0) } else { (sum, number) });
     }
     let smooth = |index: usize| {
-        // As many points to the left as to the right, or a steep start would be drawn too late.
-        let around = (count / 100).max(2).min(index).min(count - 1 - index);
-        let (before, after): ((f64, f64), (f64, f64)) = (sums[index - around], sums[index + around + 1]);
+        // At the start, as many points to the left as to the right, or a steep fall would be drawn too late; the end is
+        // flat, and there the mean over what is left is calmer.
+        let around = (count / 100).max(2).min(index);
+        let (before, after): ((f64, f64), (f64, f64)) = (sums[index - around], sums[count.min(index + around + 1)]);
         let value = if points[index].1.is_finite() { (after.0 - before.0) / (after.1 - before.1) } else { f64::NAN };
         (points[index].0, value)
     };
