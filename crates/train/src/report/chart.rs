@@ -123,7 +123,9 @@ fn svg(series: &[Series], labels: &ChartLabels, (width, height): Size, style: &s
         let _ = write!(out, "<path class=\"grid\" d=\"M{left} {y:.1}H{right}\"/>");
         let _ = write!(out, "<text class=\"tick end\" x=\"{}\" y=\"{:.1}\">{label}</text>", left - 9.0, y + 4.0);
     }
-    for (value, label) in x_axis.ticks((width / 80.0) as usize) {
+    // Powers of two have short labels.
+    let spacing = if labels.x_scale == Scale::Log2 { 50.0 } else { 80.0 };
+    for (value, label) in x_axis.ticks((width / spacing) as usize) {
         let Some(x) = at_x(value) else { continue };
         let _ = write!(out, "<path class=\"axis\" d=\"M{x:.1} {bottom}v5\"/>");
         let _ = write!(out, "<text class=\"tick mid\" x=\"{x:.1}\" y=\"{}\">{label}</text>", bottom + 19.0);
