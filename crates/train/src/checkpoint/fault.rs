@@ -128,7 +128,10 @@ impl State {
                 Err(error) => return Err(error),
             }
         }
-        for change in self.unsynced_names.drain(..).rev() {
+        // New names first: they are kept under the paths that they have now.
+        let (created, renamed): (Vec<_>, Vec<_>) =
+            self.unsynced_names.drain(..).rev().partition(|change| matches!(change, NameChange::Created(_)));
+        for change in created.into_iter().chain(renamed) {
             match change {
                 NameChange::Created(path) if path.is_dir() => fs::remove_dir_all(path)?,
                 NameChange::Created(path) if path.exists() => fs::remove_file(path)?,
@@ -185,13 +188,19 @@ impl Disk for FaultyDisk {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let record = |state: &mut State| {
-            state.unsynced_names.push(NameChange::Renamed(from.to_owned(), to.to_owned()));
-            // Files that were not durable under the old name are not durable under the new one.
+            // What was not durable under the old name is not durable under the new one.
             let moved = |path: PathBuf| match path.strip_prefix(from) {
+                Ok(rest) if rest.as_os_str().is_empty() => to.to_owned(),
                 Ok(rest) => to.join(rest),
                 Err(_) => path,
             };
             state.unsynced_files = state.unsynced_files.drain().map(|(path, length)| (moved(path), length)).collect();
+            for change in &mut state.unsynced_names {
+                if let NameChange::Created(path) = change {
+                    *path = moved(std::mem::take(path));
+                }
+            }
+            state.unsynced_names.push(NameChange::Renamed(from.to_owned(), to.to_owned()));
         };
         self.operate(false, || RealDisk.rename(from, to), record)
     }

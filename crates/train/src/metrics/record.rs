@@ -177,6 +177,7 @@ pub struct AttentionMap {
     pub size: usize,
     /// `size * size` weights, row by row: row = query, column = key. A cell holds the weight that a query of its row
     /// gives to all keys of its column together, as a mean over these queries: 0 to 1.
+    #[serde(deserialize_with = "nulls_are_nan")]
     pub weights: Vec<f32>,
 }
 
@@ -196,7 +197,11 @@ fn null_is_nan<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<f64,
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
-fn nulls_are_nan<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
-    let values: Vec<Option<f64>> = Vec::deserialize(deserializer)?;
-    Ok(values.into_iter().map(|value| value.unwrap_or(f64::NAN)).collect())
+fn nulls_are_nan<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Deserialize<'de> + From<f32>,
+{
+    let values: Vec<Option<T>> = Vec::deserialize(deserializer)?;
+    Ok(values.into_iter().map(|value| value.unwrap_or_else(|| f32::NAN.into())).collect())
 }

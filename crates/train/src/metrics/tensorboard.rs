@@ -5,8 +5,8 @@
 //! length-delimited) and 32-bit for the scalar's float, so that they are written by hand here. Field numbers are those
 //! of TensorFlow's `event.proto`, `summary.proto` and `tensor.proto`.
 //!
-//! A resumed run starts a new file with a session-log event, by which TensorBoard drops the points that an earlier
-//! file has at or after its step.
+//! Each start of a run begins a new file with a session-log event, by which TensorBoard drops the points that earlier
+//! files have at or after its step: they are those that `metrics.jsonl` drops, too.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -40,10 +40,8 @@ impl EventWriter {
             .unwrap_or_else(|| Err(io::Error::other(format!("a thousand files {base} exist"))))?;
         let mut writer = Self { path, file };
         writer.event(0, |event| event.bytes(3, b"brain.Event:2"))?;
-        if step > 0 {
-            let start = Message::default().varint(1, 1); // SessionLog { status: START }
-            writer.event(step + 1, |event| event.message(7, start))?;
-        }
+        let start = Message::default().varint(1, 1); // SessionLog { status: START }
+        writer.event(step + 1, |event| event.message(7, start))?;
         Ok(writer)
     }
 

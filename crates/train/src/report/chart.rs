@@ -5,10 +5,11 @@ use std::fmt::Write;
 use super::escape;
 use super::ticks::Axis;
 
-const WIDTH: f64 = 760.0;
-const HEIGHT: f64 = 340.0;
-/// The plot's frame: left, right, top, bottom.
-const FRAME: (f64, f64, f64, f64) = (66.0, WIDTH - 18.0, 50.0, HEIGHT - 52.0);
+/// Width and height of a chart, in the units of its text: shown at this size, text is 12 pixels high.
+pub(super) type Size = (f64, f64);
+const STANDALONE: Size = (760.0, 340.0);
+/// Space around the plot's frame: left, right, top, bottom.
+const MARGINS: (f64, f64, f64, f64) = (66.0, 18.0, 50.0, 52.0);
 /// Lines with more points are thinned out; about two points per shown pixel column stay.
 const MOST_POINTS: usize = 1400;
 /// Series have this many colours; further ones start over.
@@ -72,9 +73,8 @@ pub struct ChartLabels {
 
 /// A chart as a whole SVG file, to be shown anywhere; light or dark as the reader prefers.
 pub fn line_chart_svg(series: &[Series], labels: &ChartLabels) -> String {
-    let style =
-        format!("<style>{}{}</style><rect class=\"paper\" width=\"{WIDTH}\" height=\"{HEIGHT}\"/>", VARIABLES, STYLE);
-    svg(series, labels, &style)
+    let paper = "<rect class=\"paper\" width=\"100%\" height=\"100%\"/>";
+    svg(series, labels, STANDALONE, &format!("<style>{VARIABLES}{STYLE}</style>{paper}"))
 }
 
 /// The colours of page and charts; a page must have them and [`STYLE`] once.
@@ -83,12 +83,12 @@ pub(super) const VARIABLES: &str = include_str!("colours.css");
 pub(super) const STYLE: &str = include_str!("chart.css");
 
 /// A chart inside of a page that has the styles.
-pub(super) fn inline_svg(series: &[Series], labels: &ChartLabels) -> String {
-    svg(series, labels, "")
+pub(super) fn inline_svg(series: &[Series], labels: &ChartLabels, size: Size) -> String {
+    svg(series, labels, size, "")
 }
 
-fn svg(series: &[Series], labels: &ChartLabels, style: &str) -> String {
-    let (left, right, top, bottom) = FRAME;
+fn svg(series: &[Series], labels: &ChartLabels, (width, height): Size, style: &str) -> String {
+    let (left, right, top, bottom) = (MARGINS.0, width - MARGINS.1, MARGINS.2, height - MARGINS.3);
     let points = || series.iter().flat_map(|series| &series.points);
     let visible = || points().filter(|(x, y)| labels.x_scale.shows(*x) && labels.y_scale.shows(*y));
     let marks = labels.marks.iter().map(|(x, _)| *x).filter(|_| visible().next().is_some());
@@ -99,7 +99,7 @@ fn svg(series: &[Series], labels: &ChartLabels, style: &str) -> String {
     let at_y = |y| y_axis.place(y).map(|share| bottom - share * (bottom - top));
 
     let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"chart\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" \
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"chart\" viewBox=\"0 0 {width} {height}\" role=\"img\" \
          aria-label=\"{}\" data-x=\"{:?} {} {} {left} {right}\" data-y=\"{:?} {} {} {bottom} {top}\">{style}",
         escape(&labels.title),
         labels.x_scale,
@@ -112,10 +112,10 @@ fn svg(series: &[Series], labels: &ChartLabels, style: &str) -> String {
     // Writing to a String cannot fail.
     let _ = write!(out, "<text class=\"title\" x=\"{left}\" y=\"22\">{}</text>", escape(&labels.title));
     let _ = write!(out, "<text class=\"label\" x=\"{left}\" y=\"40\">{}</text>", escape(&labels.y));
-    let (middle, below) = ((left + right) / 2.0, HEIGHT - 12.0);
+    let (middle, below) = ((left + right) / 2.0, height - 12.0);
     let _ = write!(out, "<text class=\"label mid\" x=\"{middle}\" y=\"{below}\">{}</text>", escape(&labels.x));
     if visible().next().is_none() {
-        let _ = write!(out, "<text class=\"label mid\" x=\"{middle}\" y=\"{}\">no data</text></svg>", HEIGHT / 2.0);
+        let _ = write!(out, "<text class=\"label mid\" x=\"{middle}\" y=\"{}\">no data</text></svg>", height / 2.0);
         return out;
     }
     for (value, label) in y_axis.ticks(6) {
@@ -123,7 +123,9 @@ fn svg(series: &[Series], labels: &ChartLabels, style: &str) -> String {
         let _ = write!(out, "<path class=\"grid\" d=\"M{left} {y:.1}H{right}\"/>");
         let _ = write!(out, "<text class=\"tick end\" x=\"{}\" y=\"{:.1}\">{label}</text>", left - 9.0, y + 4.0);
     }
-    for (value, label) in x_axis.ticks(9) {
+    // Powers of two have short labels.
+    let spacing = if labels.x_scale == Scale::Log2 { 50.0 } else { 80.0 };
+    for (value, label) in x_axis.ticks((width / spacing) as usize) {
         let Some(x) = at_x(value) else { continue };
         let _ = write!(out, "<path class=\"axis\" d=\"M{x:.1} {bottom}v5\"/>");
         let _ = write!(out, "<text class=\"tick mid\" x=\"{x:.1}\" y=\"{}\">{label}</text>", bottom + 19.0);
@@ -161,7 +163,7 @@ fn svg(series: &[Series], labels: &ChartLabels, style: &str) -> String {
     let mut x = right;
     for (colour, faint, name) in legend.into_iter().rev() {
         let _ = write!(out, "<text class=\"tick end\" x=\"{x:.1}\" y=\"26\">{}</text>", escape(name));
-        x -= name.chars().count() as f64 * 6.6 + 8.0;
+        x -= name.chars().count() as f64 * 6.2 + 6.0;
         let _ = write!(out, "<path class=\"line c{colour}{faint}\" d=\"M{:.1} 22H{x:.1}\"/>", x - 18.0);
         x -= 34.0;
     }

@@ -6,6 +6,7 @@ for (const chart of document.querySelectorAll("svg.chart")) {
     const back = { Linear: (v) => v, Log2: (v) => 2 ** v, Log10: (v) => 10 ** v }[scale];
     return (place) => back(low + ((place - from) / (to - from)) * (high - low));
   };
+  const { width, height } = chart.viewBox.baseVal;
   const [xValue, yValue] = [axis(chart.dataset.x), axis(chart.dataset.y)];
   const number = (v) => Number(v.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 });
   const lines = [...chart.querySelectorAll("path[data-name]:not(.faint)")].map((path) => ({
@@ -24,11 +25,11 @@ for (const chart of document.querySelectorAll("svg.chart")) {
     const near = lines.map(({ name, points }) =>
       [name, points.reduce((best, point) => (Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best))]);
     const x = near[0][1][0];
-    cursor.setAttribute("d", `M${x} 50V288`);
+    cursor.setAttribute("d", `M${x} 50V${height - 52}`);
     reading.textContent = `${number(xValue(x))}: ` + near.map(([name, p]) => `${name} ${number(yValue(p[1]))}`).join(", ");
-    reading.setAttribute("x", x > 500 ? x - 8 : x + 8);
-    reading.setAttribute("text-anchor", x > 500 ? "end" : "start");
-    reading.setAttribute("y", 280);
+    reading.setAttribute("x", x > width / 2 ? x - 8 : x + 8);
+    reading.setAttribute("text-anchor", x > width / 2 ? "end" : "start");
+    reading.setAttribute("y", height - 60);
   });
   chart.addEventListener("pointerleave", () => (cursor.setAttribute("d", ""), (reading.textContent = "")));
 }

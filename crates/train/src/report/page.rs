@@ -2,12 +2,16 @@
 
 use std::fmt::Write;
 
-use super::chart::{ChartLabels, STYLE, Scale, Series, VARIABLES, inline_svg};
+use super::chart::{ChartLabels, STYLE, Scale, Series, Size, VARIABLES, inline_svg};
 use super::ticks::short_number;
 use super::{escape, heat};
 use crate::metrics::{
     AttentionMetrics, LengthMetrics, MemoryMetrics, Record, SampleMetrics, TrainMetrics, ValidMetrics,
 };
+
+/// A chart as wide as the page, and one of a pair.
+const WIDE: Size = (1000.0, 380.0);
+const HALF: Size = (500.0, 290.0);
 
 /// The records of a run by kind, in order.
 #[derive(Default)]
@@ -69,14 +73,14 @@ fn summary(run: &Run<'_>) -> String {
         facts.push(("Steps", last.step.to_string(), format!("{} tokens", short_number(last.tokens_seen as f64))));
         let recent = &run.train[run.train.len().saturating_sub(20)..];
         let mean = recent.iter().map(|train| train.loss).sum::<f64>() / recent.len() as f64;
-        facts.push(("Training loss", format!("{mean:.3}"), format!("nats, mean of the last {}", recent.len())));
+        facts.push(("Training loss", fixed(mean), format!("nats, mean of the last {}", recent.len())));
     }
     if let Some(last) = run.valid.last() {
         let best = run.valid.iter().map(|valid| valid.loss).fold(f64::INFINITY, f64::min);
-        facts.push(("Validation loss", format!("{:.3}", last.loss), format!("nats, lowest {best:.3}")));
+        facts.push(("Validation loss", fixed(last.loss), format!("nats, lowest {}", fixed(best))));
         facts.push(("Perplexity", short_number(last.perplexity), format!("over {} tokens", last.tokens)));
         if let Some(bits) = last.bits_per_byte {
-            facts.push(("Bits per byte", format!("{bits:.3}"), "validation".to_owned()));
+            facts.push(("Bits per byte", fixed(bits), "validation".to_owned()));
         }
     }
     if let Some(rate) = median(run.train.iter().map(|train| train.tokens_per_second)) {
@@ -114,7 +118,7 @@ fn loss(run: &Run<'_>) -> String {
     series.retain(|series| !series.points.is_empty());
     let mut body = String::new();
     if !series.is_empty() {
-        body += &card(&inline_svg(&series, &labels("Training and validation loss", "step", "nats per token")));
+        body += &card(&inline_svg(&series, &labels("Training and validation loss", "step", "nats per token"), WIDE));
     }
     if run.train.is_empty() {
         body += &missing("No training steps yet:", "<code>cargo xtask train</code> makes them.");
@@ -135,7 +139,7 @@ fn course(run: &Run<'_>) -> String {
     let of = |value: fn(&TrainMetrics) -> f64| -> Vec<(f64, f64)> {
         run.train.iter().map(|train| (train.step as f64, value(train))).collect()
     };
-    let chart = |series: Vec<Series>, labels| card(&inline_svg(&series, &labels));
+    let chart = |series: Vec<Series>, labels| card(&inline_svg(&series, &labels, HALF));
     let plain = |points| vec![Series { points, ..Series::default() }];
     let norm = ChartLabels { y_scale: Scale::Log10, ..labels("Gradient norm", "step", "before clipping, log scale") };
     let mut body = String::from("<div class=\"pair\">");
@@ -166,7 +170,7 @@ fn length(run: &Run<'_>) -> String {
     };
     let mut body = format!("<p>The same text, read with longer and longer contexts at step {}. ", length.step);
     body += "A model that extrapolates stays level or falls to the right of the dashed line.</p><div class=\"pair\">";
-    body += &card(&inline_svg(&[curve], &at));
+    body += &card(&inline_svg(&[curve], &at, HALF));
     if length.loss_by_position.is_empty() {
         body += &missing("Loss by position was not measured:", "<code>cargo xtask eval RUN</code> adds it.");
     } else {
@@ -177,7 +181,7 @@ fn length(run: &Run<'_>) -> String {
             marks,
             ..labels("Loss by position", "position in the longest context, tokens", "nats per token")
         };
-        body += &card(&inline_svg(&[Series { points, ..Series::default() }], &by_position));
+        body += &card(&inline_svg(&[Series { points, ..Series::default() }], &by_position, HALF));
     }
     section("Length extrapolation", &(body + "</div>"))
 }
@@ -256,23 +260,27 @@ fn labels(title: &str, x: &str, y: &str) -> ChartLabels {
     ChartLabels { title: title.to_owned(), x: x.to_owned(), y: y.to_owned(), ..ChartLabels::default() }
 }
 
-/// A noisy curve: the raw one pale and, once there are enough points, an exponential mean over about a fiftieth of it.
+/// A noisy curve: the raw one pale and, once there are enough points, a mean over about a fiftieth of them.
 fn smoothed(name: &str, points: Vec<(f64, f64)>) -> Vec<Series> {
-    let finite = points.iter().filter(|(_, y)| y.is_finite()).count();
-    if finite < 30 {
-        return vec![Series { name: name.to_owned(), points, ..Series::default() }];
+    let count = points.len();
+    let whole = |points| Series { name: name.to_owned(), points, ..Series::default() };
+    if count < 30 {
+        return vec![whole(points)];
     }
-    let keep = 1.0 - 1.0 / (finite as f64 / 50.0).max(3.0);
-    let (mut sum, mut weight) = (0.0, 0.0);
-    let smooth = |&(x, y): &(f64, f64)| {
-        if y.is_finite() {
-            // Dividing by the weights so far makes the first points as good as the others.
-            sum = keep * sum + (1.0 - keep) * y;
-            weight = keep * weight + (1.0 - keep);
-        }
-        (x, if y.is_finite() { sum / weight } else { f64::NAN })
+    let mut sums = vec![(0.0, 0.0)]; // Of the finite values and of their number.
+    for &(_, y) in &points {
+        let (sum, number) = sums[sums.len() - 1];
+        sums.push(if y.is_finite() { (sum + y, number + 1.0) } else { (sum, number) });
+    }
+    let smooth = |index: usize| {
+        // At the start, as many points to the left as to the right, or a steep fall would be drawn too late; the end is
+        // flat, and there the mean over what is left is calmer.
+        let around = (count / 100).max(2).min(index);
+        let (before, after): ((f64, f64), (f64, f64)) = (sums[index - around], sums[count.min(index + around + 1)]);
+        let value = if points[index].1.is_finite() { (after.0 - before.0) / (after.1 - before.1) } else { f64::NAN };
+        (points[index].0, value)
     };
-    let smooth = Series { name: name.to_owned(), points: points.iter().map(smooth).collect(), ..Series::default() };
+    let smooth = whole((0..count).map(smooth).collect());
     vec![Series { points, faint: true, ..Series::default() }, smooth]
 }
 
@@ -280,6 +288,11 @@ fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
     let mut finite: Vec<f64> = values.filter(|value| value.is_finite()).collect();
     finite.sort_by(f64::total_cmp);
     finite.get(finite.len() / 2).copied()
+}
+
+/// Three decimals, or a word for what is no number.
+fn fixed(value: f64) -> String {
+    if value.is_finite() { format!("{value:.3}") } else { "n/a".to_owned() }
 }
 
 fn duration(seconds: f64) -> String {

@@ -93,7 +93,7 @@ pub(super) fn short_number(value: f64) -> String {
         _ if size >= 1e6 => (value / 1e6, "M"),
         _ if size >= 1e4 => (value / 1e3, "k"),
         _ if size == 0.0 => return "0".to_owned(),
-        _ if size < 1e-3 => {
+        _ if size < 1e-2 => {
             let text = format!("{value:.2e}");
             let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
             return format!("{}e{exponent}", trim_zeros(mantissa));
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        let numbers = [(0.0, "0"), (3.14159, "3.142"), (250.0, "250"), (12_345.0, "12.35k"), (1.5e6, "1.5M")];
+        let numbers = [(0.0, "0"), (4.14159, "4.142"), (250.0, "250"), (12_345.0, "12.35k"), (1.5e6, "1.5M")];
         for (value, text) in numbers.into_iter().chain([(f64::NAN, "n/a"), (-0.00012, "-1.2e-4"), (9999.6, "10000")]) {
             assert_eq!(short_number(value), text);
         }
