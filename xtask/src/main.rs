@@ -102,8 +102,7 @@ fn replace_by(mut command: Command) -> Result<()> {
 
 /// The checkout's commit, with a mark if files differ from it.
 fn commit() -> Option<String> {
-    let output =
-        Command::new("git").args(["describe", "--always", "--dirty"]).current_dir(root()).output().ok()?;
+    let output = Command::new("git").args(["describe", "--always", "--dirty"]).current_dir(root()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 

@@ -6,7 +6,10 @@ use super::{expect_shape, same_dtype};
 use crate::tensor::for_float;
 use crate::{Result, Tensor, TensorError};
 use std::sync::Arc;
+use stickbreak_kernels::attention::decode::{DecodeInputs, DecodeLayout};
+use stickbreak_kernels::attention::softmax::decode::SoftmaxDecodeSpec;
 use stickbreak_kernels::attention::softmax::{self, SoftmaxSpec};
+use stickbreak_kernels::attention::stick_breaking::decode::StickBreakingDecodeSpec;
 use stickbreak_kernels::attention::stick_breaking::{self, StickBreakingOutputs, StickBreakingSpec};
 use stickbreak_kernels::attention::{AttentionGradients, AttentionInputs, AttentionLayout};
 
@@ -185,7 +188,7 @@ pub fn softmax(
 }
 
 fn softmax_spec(layout: &AttentionLayout, settings: &SoftmaxSettings) -> SoftmaxSpec {
-    SoftmaxSpec { layout: *layout, scale: settings.scale, alibi_slopes: settings.alibi_slopes.clone() }
+    SoftmaxSpec { layout: *layout, scale: settings.scale, alibi: settings.alibi_slopes.clone() }
 }
 
 /// Gradients of [`softmax`] with respect to q, k and v.
@@ -238,5 +241,74 @@ pub fn stick_breaking_weights(q: &Tensor, k: &Tensor, settings: StickBreakingSet
         Tensor::from_vec(weights, [query_heads, tokens, tokens])
     })
 }
-pub fn stick_breaking_decode(q: &Tensor, k: &Tensor, v: &Tensor, settings: StickBreakingSettings) -> Result<(Tensor, Tensor)> { todo!() }
-pub fn softmax_decode(q: &Tensor, k: &Tensor, v: &Tensor, settings: &SoftmaxSettings) -> Result<Tensor> { todo!() }
+
+/// One query token against a cache: what both attentions' decode steps share.
+struct DecodeOperands {
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: DecodeLayout,
+}
+
+impl DecodeOperands {
+    fn new(op: &'static str, q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Self> {
+        let (&[1, query_heads, head_dim], &[capacity, kv_heads, _]) = (&q.shape()[..], &keys.shape()[..]) else {
+            let why = "q must be [1, heads, head_dim] and the cache [tokens, kv_heads, head_dim]".into();
+            return Err(TensorError::ShapePair { op, left: q.shape().clone(), right: keys.shape().clone(), why });
+        };
+        for (argument, tensor) in [("keys", keys), ("values", values)] {
+            same_dtype(op, argument, q.dtype(), tensor)?;
+            expect_shape(op, argument, tensor, &[capacity, kv_heads, head_dim])?;
+        }
+        let (q, keys, values) = (q.contiguous(), keys.contiguous(), values.contiguous());
+        Ok(Self { q, keys, values, layout: DecodeLayout::contiguous(1, capacity, query_heads, kv_heads, head_dim) })
+    }
+}
+
+/// One decoding step: q `[1, Hq, D]` against keys and values `[L, Hkv, D]`, whose last row is the query's own token.
+/// Returns o `[1, Hq, D]` and rem `[1, Hq]`.
+///
+/// # Errors
+/// If shapes or dtypes do not fit.
+pub fn stick_breaking_decode(
+    q: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    settings: StickBreakingSettings,
+) -> Result<(Tensor, Tensor)> {
+    const OP: &str = "stick_breaking_decode";
+    let operands = DecodeOperands::new(OP, q, keys, values)?;
+    let DecodeLayout { capacity, query_heads, .. } = operands.layout;
+    let visible = if settings.attend_current { capacity } else { capacity.saturating_sub(1) };
+    let spec = StickBreakingDecodeSpec {
+        layout: operands.layout,
+        scale: settings.scale,
+        early_exit_bits: settings.early_exit_bits,
+    };
+    let (o, rem) = (Tensor::empty(q.shape(), q.dtype()), Tensor::empty([1, query_heads], q.dtype()));
+    for_float!(OP, q.dtype(), T => {
+        let (q, k, v) = (operands.q.read::<T>()?, operands.keys.read::<T>()?, operands.values.read::<T>()?);
+        let inputs = DecodeInputs { q: &q, k: &k, v: &v, lengths: &[visible as i32] };
+        let (mut o, mut rem) = (o.expect_write::<T>(), rem.expect_write::<T>());
+        Ok(stick_breaking::decode::decode(&spec, &inputs, &mut o, &mut rem)?)
+    })?;
+    Ok((o, rem))
+}
+
+/// One decoding step of softmax attention: as [`stick_breaking_decode`], but the query sees its own token too.
+///
+/// # Errors
+/// If shapes or dtypes do not fit.
+pub fn softmax_decode(q: &Tensor, keys: &Tensor, values: &Tensor, settings: &SoftmaxSettings) -> Result<Tensor> {
+    const OP: &str = "softmax_decode";
+    let operands = DecodeOperands::new(OP, q, keys, values)?;
+    let alibi = settings.alibi_slopes.clone();
+    let spec = SoftmaxDecodeSpec { layout: operands.layout, scale: settings.scale, alibi };
+    let o = Tensor::empty(q.shape(), q.dtype());
+    for_float!(OP, q.dtype(), T => {
+        let (q, k, v) = (operands.q.read::<T>()?, operands.keys.read::<T>()?, operands.values.read::<T>()?);
+        let inputs = DecodeInputs { q: &q, k: &k, v: &v, lengths: &[operands.layout.capacity as i32] };
+        Ok(softmax::decode::decode(&spec, &inputs, &mut o.expect_write::<T>())?)
+    })?;
+    Ok(o)
+}
