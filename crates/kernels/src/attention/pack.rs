@@ -43,9 +43,17 @@ impl<T: Float> KeyBlocks<T> {
         let mut data = vec![[T::ZERO; BLOCK]; heads * blocks * head_dim];
         data.par_chunks_mut(head_dim).with_min_len(16).enumerate().for_each(|(index, block)| {
             let (head, block_index) = (index / blocks, index % blocks);
-            for (m, token) in tokens[block_index].clone().enumerate() {
-                for (entry, &x) in block.iter_mut().zip(rows.row(token, head)) {
-                    entry[m] = x;
+            let tokens = tokens[block_index].clone();
+            if tokens.len() == BLOCK {
+                let keys: [&[T]; BLOCK] = std::array::from_fn(|m| rows.row(tokens.start + m, head));
+                for (dim, entry) in block.iter_mut().enumerate() {
+                    *entry = std::array::from_fn(|m| keys[m][dim]);
+                }
+            } else {
+                for (m, token) in tokens.enumerate() {
+                    for (entry, &x) in block.iter_mut().zip(rows.row(token, head)) {
+                        entry[m] = x;
+                    }
                 }
             }
         });

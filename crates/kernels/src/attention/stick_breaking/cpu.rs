@@ -1,21 +1,22 @@
 //! Tiled stick-breaking attention on the CPU.
 //!
 //! Forward: a task is one query tile of one head; it walks the key tiles from the newest to the oldest and carries what
-//! is left of the stick. Backward: the same walk once more, keeping only the remainder at each tile boundary, then a walk
-//! from the oldest key tile upwards that rebuilds each tile's weights and carries the sum of the older keys' a. A task
-//! takes a run of query tiles and sums up dk and dv of their keys; the sums are added in a fixed order.
+//! is left of the stick. Backward: the same walk once more, which keeps one number per score of this query tile (scratch of
+//! one task, as long as the document) and the remainder at each tile boundary; then a walk from the oldest key tile
+//! upwards that rebuilds the weights and carries the sum of the older keys' a. A task takes a run of query tiles and sums
+//! up dk and dv of their keys; the sums are added in a fixed order.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::stick::{LogRemainder, break_stick, keep_only, score_gradient, shorten_stick, split_sticks};
+use super::stick::{LogRemainder, break_stick, recover_sticks, score_gradient, shorten_stick, split_sticks};
 use super::{StickBreakingOutputs, StickBreakingSaved, StickBreakingSpec};
 use crate::attention::gradients::TileGradients;
 use crate::attention::pack::{DimBlocks, KeyBlocks, Rows, pack_panels, unpack_panels};
 use crate::attention::schedule::{
     BackwardTask, KeyGradients, QueryTile, backward_tasks, interleave_heads, query_tiles, reduce_key_gradients, split,
 };
-use crate::attention::tile::{BLOCK, LANES, Lanes, PANELS, TILE_KEYS, TILE_ROWS, accumulate, hide_future, scores};
+use crate::attention::tile::{BLOCK, LANES, Lanes, PANELS, TILE_KEYS, accumulate, hide_future, scores};
 use crate::attention::{AttentionGradients, AttentionInputs};
 use crate::error::check_len;
 use crate::{Float, Result};
@@ -109,6 +110,7 @@ struct ForwardScratch<T> {
     queries: Vec<Lanes<T>>,
     z: Vec<Lanes<T>>,
     keep: Vec<Lanes<T>>,
+    weights: Vec<Lanes<T>>,
     o: Vec<Lanes<T>>,
 }
 
@@ -119,6 +121,7 @@ impl<T: Float> ForwardScratch<T> {
             queries: lanes(PANELS * head_dim),
             z: lanes(TILE_KEYS),
             keep: lanes(TILE_KEYS),
+            weights: lanes(TILE_KEYS),
             o: lanes(PANELS * head_dim.next_multiple_of(BLOCK)),
         }
     }
@@ -172,10 +175,11 @@ impl<T: Float> WithSimd for ForwardTask<'_, T> {
                 if with_log {
                     log_rem[panel].take_sticks(z, keep);
                 }
-                break_stick(z, keep, &mut rem[panel]);
+                let weights = &mut scratch.weights[..z.len()];
+                break_stick(z, keep, weights, &mut rem[panel]);
                 for block in 0..dim_blocks {
                     let values = pass.values.tokens(kv_head, block, token..token + seen);
-                    accumulate(&mut o[panel * dim_blocks + block], values, &z[..seen]);
+                    accumulate(&mut o[panel * dim_blocks + block], values, &weights[..seen]);
                 }
             }
             if rem.as_flattened().iter().all(|&rem| rem < pass.threshold) {
@@ -289,7 +293,8 @@ impl<T: Float> WithSimd for BackwardRun<'_, T> {
 }
 
 impl<T: Float> BackwardPass<'_, T> {
-    /// The remainder of each panel before (nearer than) each key tile, into the scratch, and after all of them.
+    /// Walks the key tiles from the newest one downwards: the sticks and the remainder before (nearer than) each key tile
+    /// go to the scratch, the remainder after all of them is returned.
     #[inline(always)]
     fn remainders(
         &self,
@@ -301,17 +306,21 @@ impl<T: Float> BackwardPass<'_, T> {
         let visible = tile.visible;
         let width = self.spec.layout.head_dim;
         let mut rem: [Lanes<T>; PANELS] = std::array::from_fn(|panel| whole_sticks(panel, visible.rows));
-        scratch.rem_before.resize(visible.key_tiles().saturating_sub(first), rem);
+        let key_tiles = visible.key_tiles() - first;
+        if scratch.rem_before.len() < key_tiles {
+            scratch.rem_before.resize(key_tiles, rem);
+            scratch.sticks.resize(key_tiles * PANELS * TILE_KEYS, [T::ZERO; LANES]);
+        }
         for key_tile in (first..visible.key_tiles()).rev() {
             let first_key = key_tile * TILE_KEYS;
             scratch.rem_before[key_tile - first] = rem;
             let keys = self.key_blocks.from(kv_head, tile.document, first_key);
             for panel in 0..visible.panels() {
                 let (seen, all) = visible.in_tile(panel, first_key);
-                let z = &mut scratch.beta[..seen.next_multiple_of(BLOCK)];
+                let at = ((key_tile - first) * PANELS + panel) * TILE_KEYS;
+                let z = &mut scratch.sticks[at..at + seen.next_multiple_of(BLOCK)];
                 scores(z, keys, &scratch.tile.queries[panel * width..][..width]);
                 hide_future(z, all);
-                keep_only(z);
                 shorten_stick(z, &mut rem[panel]);
             }
         }
@@ -340,20 +349,17 @@ impl<T: Float> BackwardPass<'_, T> {
         }
         for key_tile in first..visible.key_tiles() {
             let first_key = key_tile * TILE_KEYS;
-            let key_blocks = self.key_blocks.from(kv_head, tile.document, first_key);
             let value_blocks = self.value_blocks.from(kv_head, tile.document, first_key);
             for panel in 0..visible.panels() {
                 let (seen, all) = visible.in_tile(panel, first_key);
                 let count = seen.next_multiple_of(BLOCK);
-                let TileGradients { queries, output_gradient, weights, dz, .. } = &mut scratch.tile;
+                let TileGradients { output_gradient, weights, dz, .. } = &mut scratch.tile;
                 let (beta, keep) = (&mut scratch.beta[..count], &mut scratch.keep[..count]);
                 let weights = &mut weights[panel * TILE_KEYS..][..count];
                 let dz = &mut dz[panel * TILE_KEYS..][..count];
-                scores(beta, key_blocks, &queries[panel * width..][..width]);
-                hide_future(beta, all);
-                split_sticks(beta, keep);
-                weights.copy_from_slice(beta);
-                break_stick(weights, keep, &mut scratch.rem_before[key_tile - first][panel]);
+                let at = ((key_tile - first) * PANELS + panel) * TILE_KEYS;
+                recover_sticks(&scratch.sticks[at..at + count], beta, keep, all);
+                break_stick(beta, keep, weights, &mut scratch.rem_before[key_tile - first][panel]);
                 scores(dz, value_blocks, &output_gradient[panel * width..][..width]);
                 score_gradient(dz, weights, beta, keep, &mut delta[panel]);
             }
@@ -366,7 +372,10 @@ struct BackwardScratch<T> {
     tile: TileGradients<T>,
     beta: Vec<Lanes<T>>,
     keep: Vec<Lanes<T>>,
+    /// What is left of the stick before each key tile.
     rem_before: Vec<[Lanes<T>; PANELS]>,
+    /// beta and 1 - beta of the query tile, packed, `[key tile][panel][key][row]`: as long as the document.
+    sticks: Vec<Lanes<T>>,
 }
 
 impl<T: Float> BackwardScratch<T> {
@@ -376,7 +385,8 @@ impl<T: Float> BackwardScratch<T> {
             tile: TileGradients::new(head_dim),
             beta: lanes(TILE_KEYS),
             keep: lanes(TILE_KEYS),
-            rem_before: Vec::with_capacity(TILE_ROWS),
+            rem_before: Vec::new(),
+            sticks: Vec::new(),
         }
     }
 }

@@ -19,36 +19,62 @@ pub(super) fn split_sticks<T: Float>(z: &mut [Lanes<T>], keep: &mut [Lanes<T>]) 
     }
 }
 
-/// Replaces z by keep = 1 - beta alone.
+/// Replaces z by one number that holds both beta and 1 - beta, and takes the keys off the stick: the smaller of the two,
+/// negative if that is 1 - beta. The larger one is recovered by a subtraction that cannot cancel. `rem` is what nearer
+/// keys have left, and becomes what these keys leave.
 #[inline(always)]
-pub(super) fn keep_only<T: Float>(z: &mut [Lanes<T>]) {
+pub(super) fn shorten_stick<T: Float>(z: &mut [Lanes<T>], rem: &mut Lanes<T>) {
+    // A zero would lose its sign; nothing else is as small, and nothing that is added up feels it.
+    let least = T::from_f64(if size_of::<T>() == 4 { f64::from(f32::MIN_POSITIVE) } else { f64::MIN_POSITIVE });
     for z in z.as_flattened_mut() {
         let e = (-z.abs()).exp();
-        let large = T::ONE / (T::ONE + e);
-        *z = if *z >= T::ZERO { e * large } else { large };
+        let small = e / (T::ONE + e);
+        let small = if small < least { least } else { small };
+        *z = if *z >= T::ZERO { -small } else { small };
     }
-}
-
-/// Replaces beta by the weights A, newest key first. `rem` is what nearer keys have left of the stick, and becomes what
-/// these keys leave.
-#[inline(always)]
-pub(super) fn break_stick<T: Float>(beta: &mut [Lanes<T>], keep: &[Lanes<T>], rem: &mut Lanes<T>) {
     let mut left = *rem;
-    for (beta, keep) in beta.iter_mut().zip(keep).rev() {
+    for z in z.iter().rev() {
         for lane in 0..LANES {
-            beta[lane] *= left[lane];
-            left[lane] *= keep[lane];
+            left[lane] *= if z[lane] < T::ZERO { -z[lane] } else { T::ONE - z[lane] };
         }
     }
     *rem = left;
 }
 
-/// What the keys leave of the stick.
+/// Recovers beta and keep = 1 - beta from what [`shorten_stick`] left in place of z. Keys from `all + lane` on, which
+/// row `lane` does not see, get exactly 0 and 1.
 #[inline(always)]
-pub(super) fn shorten_stick<T: Float>(keep: &[Lanes<T>], rem: &mut Lanes<T>) {
-    let mut left = *rem;
-    for keep in keep.iter().rev() {
+pub(super) fn recover_sticks<T: Float>(packed: &[Lanes<T>], beta: &mut [Lanes<T>], keep: &mut [Lanes<T>], all: usize) {
+    let sticks = beta.as_flattened_mut().iter_mut().zip(keep.as_flattened_mut());
+    for (&packed, (beta, keep)) in packed.as_flattened().iter().zip(sticks) {
+        let small = packed.abs();
+        let large = T::ONE - small;
+        let negative = packed < T::ZERO;
+        *beta = if negative { large } else { small };
+        *keep = if negative { small } else { large };
+    }
+    for (key, (beta, keep)) in beta.iter_mut().zip(keep).enumerate().skip(all) {
         for lane in 0..LANES {
+            if key >= all + lane {
+                (beta[lane], keep[lane]) = (T::ZERO, T::ONE);
+            }
+        }
+    }
+}
+
+/// Writes the weights A, newest key first. `rem` is what nearer keys have left of the stick, and becomes what these keys
+/// leave. (Kept apart from the elementwise loops: fused with them it no longer compiles to vector code.)
+#[inline(always)]
+pub(super) fn break_stick<T: Float>(
+    beta: &[Lanes<T>],
+    keep: &[Lanes<T>],
+    weights: &mut [Lanes<T>],
+    rem: &mut Lanes<T>,
+) {
+    let mut left = *rem;
+    for ((beta, keep), weights) in beta.iter().zip(keep).zip(weights).rev() {
+        for lane in 0..LANES {
+            weights[lane] = beta[lane] * left[lane];
             left[lane] *= keep[lane];
         }
     }
