@@ -15,6 +15,7 @@ use super::{DataError, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use serde::Serialize;
+use std::collections::HashSet;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -151,9 +152,10 @@ pub fn progress_bar() -> impl FnMut(PrepareEvent<'_>) -> ControlFlow<String> + S
 /// Prepares a folder, or continues, or (when all is there already) only reads its manifest.
 pub fn prepare(options: &PrepareOptions, progress: &mut Progress) -> Result<Manifest> {
     check_options(options)?;
+    fs::create_dir_all(&options.output).map_err(DataError::io(&options.output, "create"))?;
+    check_output(options)?;
     let passes = find_passes(options)?;
     let lists: Vec<_> = passes.iter().map(|pass| &pass.list).collect();
-    fs::create_dir_all(&options.output).map_err(DataError::io(&options.output, "create"))?;
     let mut journal = Journal::open(options, &lists)?;
     if journal.complete {
         return Ok(Dataset::open(&options.output)?.manifest().clone());
@@ -190,6 +192,22 @@ fn check_options(options: &PrepareOptions) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// An output folder within an input folder would be read by the next run.
+fn check_output(options: &PrepareOptions) -> Result<()> {
+    let canonical = |path: &Path| path.canonicalize().map_err(DataError::io(path, "open"));
+    let output = canonical(&options.output)?;
+    let validation = if let Validation::Inputs(inputs) = &options.validation { &inputs[..] } else { &[] };
+    for input in options.inputs.iter().chain(validation) {
+        if let Input::Path(input) = input
+            && output.starts_with(canonical(input)?)
+        {
+            let (output, input) = (options.output.display(), input.display());
+            return Err(DataError::Input(format!("the output folder {output} lies within the input folder {input}")));
+        }
+    }
+    Ok(())
 }
 
 /// Some files and the rule by which their documents are split.
@@ -230,7 +248,8 @@ fn find_passes(options: &PrepareOptions) -> Result<Vec<Pass>> {
     let mut passes = vec![Pass { list, rule }];
     if let Validation::Inputs(inputs) = &options.validation {
         let list = find_files(inputs, &options.extensions)?;
-        let both = list.files.iter().find(|file| passes[0].list.files.iter().any(|other| other.path == file.path));
+        let inputs: HashSet<_> = passes[0].list.files.iter().map(|file| &file.path).collect();
+        let both = list.files.iter().find(|file| inputs.contains(&file.path));
         if let Some(file) = both {
             return Err(DataError::Input(format!("{}: both an input and a validation input", file.path.display())));
         }
