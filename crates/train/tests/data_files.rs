@@ -168,6 +168,9 @@ fn a_damaged_megatron_index_is_refused() {
     assert!(parse_index(&megatron_index(&[(2, 0)], &[0, 2]), 20).is_err());
     assert!(parse_index(&megatron_index(&[(2, 0), (2, 8)], &[0, 2, 1]), 20).is_err());
     assert!(parse_index(&megatron_index(&[(2, 0)], &[]), 20).is_err());
+    // Found by fuzzing: nothing at all, not even the one entry that ends a document index.
+    assert!(parse_index(&megatron_index(&[], &[]), 0).is_err());
+    assert!(parse_index(&megatron_index(&[], &[0]), 0).is_ok());
 }
 
 /// A folder with one shard of training tokens and none of validation.

@@ -116,7 +116,7 @@ fn validation_reads_a_fixed_number_of_tokens_in_order() {
     let loader = loader((0..23).collect(), 4, Some(9));
     let batches: Vec<Batch> = loader.sequential(2, None).map(Result::unwrap).collect();
     assert_eq!(batches.iter().map(|b| b.ids.len()).collect::<Vec<_>>(), [8, 8, 7]);
-    assert_eq!(batches.concat_ids(), (0..23).collect::<Vec<u32>>());
+    assert_eq!(batches.iter().flat_map(|b| b.ids.clone()).collect::<Vec<_>>(), (0..23).collect::<Vec<u32>>());
     assert_eq!(batches[2].cu_seqlens, [0, 4, 7]);
     // All bytes but the first, which nothing precedes.
     assert_eq!(batches.iter().filter_map(|b| b.text_bytes).sum::<u64>(), 22);
@@ -124,16 +124,6 @@ fn validation_reads_a_fixed_number_of_tokens_in_order() {
     assert_eq!(part.iter().map(|b| b.ids.len()).collect::<Vec<_>>(), [8, 4]);
     assert_eq!(part[1].labels[3], 12, "the token after the last one read is its label");
     assert_eq!(loader.sequential(2, Some(1000)).count(), 3);
-}
-
-trait ConcatIds {
-    fn concat_ids(&self) -> Vec<u32>;
-}
-
-impl ConcatIds for [Batch] {
-    fn concat_ids(&self) -> Vec<u32> {
-        self.iter().flat_map(|b| b.ids.clone()).collect()
-    }
 }
 
 #[test]
@@ -187,7 +177,7 @@ proptest! {
 #[test]
 fn prefetch_gives_the_same_batches_and_stops_when_dropped() {
     let loader = Arc::new(loader(numbered(30), 4, Some(3)));
-    let mut prefetch = Prefetch::start(loader.clone(), (0..).map(|step| (step * 4, 4)));
+    let mut prefetch = Prefetch::start(loader.clone(), (0..).map(|step| (step * 4, 4))).unwrap();
     for step in 0..20 {
         assert_eq!(prefetch.next_batch().unwrap(), loader.batch(step * 4, 4).unwrap());
     }
@@ -201,7 +191,7 @@ fn prefetch_hands_on_errors_and_ends() {
     let mut tokens = numbered(4);
     tokens[9] = 999;
     let loader = Arc::new(loader(tokens, 4, None));
-    let mut prefetch = Prefetch::start(loader, (0..4).map(|i| (i, 1)));
+    let mut prefetch = Prefetch::start(loader, (0..4).map(|i| (i, 1))).unwrap();
     assert!(prefetch.next_batch().is_ok());
     assert!(prefetch.wait(Duration::from_secs(10)).unwrap().is_some());
     let error = prefetch.next_batch().unwrap_err().to_string();

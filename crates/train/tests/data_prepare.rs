@@ -34,18 +34,8 @@ fn options(input: &Path, output: &Path, tokenizer: TokenizerChoice) -> PrepareOp
 }
 
 fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entries = fs::read_dir(folder).unwrap().map(Result::unwrap_entry);
-    entries.map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), fs::read(&path).unwrap())).collect()
-}
-
-trait UnwrapEntry {
-    fn unwrap_entry(self) -> PathBuf;
-}
-
-impl UnwrapEntry for std::io::Result<fs::DirEntry> {
-    fn unwrap_entry(self) -> PathBuf {
-        self.unwrap().path()
-    }
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    paths.map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), fs::read(&path).unwrap())).collect()
 }
 
 #[test]
@@ -136,6 +126,15 @@ fn a_used_folder_is_not_mixed_with_something_else() {
     assert!(quietly(&first).unwrap_err().to_string().contains("input files have changed"));
     fs::remove_file(output.join("prepare.json")).unwrap();
     assert!(quietly(&first).unwrap_err().to_string().contains("manifest.json without prepare.json"));
+}
+
+#[test]
+fn the_output_does_not_become_input() {
+    let folder = tempdir().unwrap();
+    corpus(folder.path());
+    let error =
+        quietly(&options(folder.path(), &folder.path().join("out"), TokenizerChoice::Bytes)).unwrap_err().to_string();
+    assert!(error.contains("lies within the input folder"), "{error}");
 }
 
 #[test]

@@ -154,10 +154,13 @@ impl Manifest {
         parse_manifest(&files::read(&path)?).map_err(DataError::format(&path))
     }
 
+    /// The text of the file.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("plain data has a JSON form") + "\n"
+    }
+
     /// Writes it, replacing an older one at once or not at all.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        let mut text = serde_json::to_string_pretty(self).expect("plain data has a JSON form");
-        text.push('\n');
-        files::write_atomically(&folder.join(MANIFEST_FILE), text.as_bytes())
+        files::write_atomically(&folder.join(MANIFEST_FILE), self.to_json().as_bytes())
     }
 }

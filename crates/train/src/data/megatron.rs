@@ -84,13 +84,9 @@ pub fn parse_index(bytes: &[u8], bin_bytes: u64) -> Result<MegatronIndex, Format
         previous = checked.ok_or_else(|| out_of_range("document", i, entry.into(), format!("{allowed:?}")))?;
         index.documents.push(previous);
     }
-    if previous != sequences {
-        return Err(out_of_range(
-            "the last document",
-            entries.saturating_sub(1) as usize,
-            previous.into(),
-            format!("{sequences}"),
-        ));
+    if entries == 0 || previous != sequences {
+        let what = format!("the last of {entries} entries of the document index");
+        return Err(FormatError::Range { what, found: previous.into(), allowed: sequences.to_string() });
     }
     Ok(index)
 }

@@ -19,11 +19,12 @@ pub struct Prefetch {
 impl Prefetch {
     /// Starts reading: each item is the position and the number of windows of one batch.
     ///
-    /// For the steps of one rank: `(first_step..).map(move |step| (step * all + rank * mine, mine as usize))`.
+    /// For the steps of one rank: `(first_step..).map(move |step| (step * all + rank * mine, mine as usize))`. Fails when the
+    /// system starts no thread.
     pub fn start(
         loader: Arc<Loader>,
         requests: impl IntoIterator<Item = (u64, usize), IntoIter: Send + 'static>,
-    ) -> Self {
+    ) -> Result<Self> {
         let (sender, batches) = sync_channel(AHEAD);
         let requests = requests.into_iter();
         let thread = thread::Builder::new().name("prefetch".into()).spawn(move || {
@@ -36,7 +37,8 @@ impl Prefetch {
                 }
             }
         });
-        Self { batches: Some(batches), thread: Some(thread.expect("the system can start a thread")) }
+        let thread = thread.map_err(|error| DataError::Prefetch(error.to_string()))?;
+        Ok(Self { batches: Some(batches), thread: Some(thread) })
     }
 
     /// The next batch, waiting for it. An error of the thread comes out here, after the batches before it.

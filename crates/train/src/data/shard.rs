@@ -133,6 +133,7 @@ pub struct ShardWriter {
     partial: PathBuf,
     file: Option<BufWriter<File>>,
     header: ShardHeader,
+    published: bool,
 }
 
 impl ShardWriter {
@@ -143,7 +144,8 @@ impl ShardWriter {
         let mut file = BufWriter::with_capacity(1 << 20, file);
         // The count is not known yet: an all-zero header, which no reader takes for a shard.
         file.write_all(&[0; HEADER_BYTES as usize]).map_err(DataError::io(&partial, "write"))?;
-        Ok(Self { path: path.to_path_buf(), partial, file: Some(file), header: ShardHeader { width, tokens: 0 } })
+        let (path, header) = (path.to_path_buf(), ShardHeader { width, tokens: 0 });
+        Ok(Self { path, partial, file: Some(file), header, published: false })
     }
 
     /// Tokens so far.
@@ -190,14 +192,16 @@ impl ShardWriter {
         file.and_then(sync).map_err(DataError::io(&self.partial, "write"))?;
         let checksum = files::blake3_of_file(&self.partial)?;
         files::publish(&self.partial, &self.path)?;
+        self.published = true;
         Ok((self.header, checksum))
     }
 }
 
 impl Drop for ShardWriter {
     fn drop(&mut self) {
-        // An abandoned shard must not fill the disk.
-        if self.file.take().is_some() {
+        // An abandoned shard must not fill the disk; if it cannot be removed either, the next attempt overwrites it.
+        if !self.published {
+            drop(self.file.take());
             let _ = fs::remove_file(&self.partial);
         }
     }
