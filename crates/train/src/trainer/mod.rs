@@ -152,7 +152,7 @@ impl Trainer {
         let micro = self.config.micro_batch();
         let first = self.cursor.position;
         let requests = (0..).map(move |i: u64| (first + i * micro as u64, micro));
-        let mut batches = Prefetch::start(self.text.train.clone(), requests);
+        let mut batches = Prefetch::start(self.text.train.clone(), requests)?;
         while self.step < steps && !self.stop.is_set() {
             let Some(batch) = self.next_step_batches(&mut batches, per_step / micro)? else { break };
             let started = Instant::now();
