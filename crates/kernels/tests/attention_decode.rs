@@ -134,7 +134,7 @@ fn in_pieces(problem: &Problem<f64>, cuts: &[usize]) -> Vec<(Vec<f64>, Vec<f64>)
 
 fn join(nearer: &(Vec<f64>, Vec<f64>), farther: &(Vec<f64>, Vec<f64>)) -> (Vec<f64>, Vec<f64>) {
     let (mut o, mut rem) = nearer.clone();
-    compose((&mut o, &mut rem), (&farther.0, &farther.1));
+    compose((&mut o, &mut rem), (&farther.0, &farther.1)).unwrap();
     (o, rem)
 }
 

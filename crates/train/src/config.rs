@@ -1,5 +1,6 @@
 //! A run's configuration: one TOML file, changed by `--set key=value`.
 
+use crate::data::TokenFormat;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -82,9 +83,31 @@ pub struct DataConfig {
     /// Files or folders held out for validation instead of a share.
     #[serde(default)]
     pub validation_inputs: Vec<String>,
+    /// Token files made by other programs, instead of a prepared folder.
+    #[serde(default)]
+    pub token_files: Option<TokenFiles>,
     /// Whether the shards' checksums are compared before a run.
     #[serde(default = "defaults::yes")]
     pub verify_checksums: bool,
+}
+
+/// Token files made by other programs: llm.c shards, nanoGPT's raw `.bin`, Megatron's `.idx` with its `.bin`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenFiles {
+    /// `llmc`, `nanogpt` or `megatron`; never guessed.
+    pub format: TokenFormat,
+    /// Files to train on, in this order.
+    pub train: Vec<PathBuf>,
+    /// Files to validate on.
+    #[serde(default)]
+    pub valid: Vec<PathBuf>,
+    /// The id between documents; without it the whole stream is one document.
+    #[serde(default)]
+    pub end_of_text: Option<u32>,
+    /// The `tokenizer.json` of these files, for samples and bits per byte.
+    #[serde(default)]
+    pub tokenizer: Option<PathBuf>,
 }
 
 /// Length of the run and shape of a step.

@@ -24,7 +24,7 @@ pub struct RegistryOptions {
 
 impl Default for RegistryOptions {
     fn default() -> Self {
-        Self { min_file_bytes: 8 << 10, max_file_bytes: 512 << 10, max_bytes: 64 << 20, cargo_home: None }
+        Self { min_file_bytes: 32 << 10, max_file_bytes: 512 << 10, max_bytes: 64 << 20, cargo_home: None }
     }
 }
 

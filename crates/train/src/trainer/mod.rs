@@ -118,7 +118,8 @@ impl Trainer {
             }
             None => trainer.model.initialise(trainer.config.seed)?,
         }
-        crate::checkpoint::write_atomically(&folder.join("config.toml"), trainer.config.to_toml().as_bytes())
+        let resolved = format!("# {}\n{}", program_version(), trainer.config.to_toml());
+        crate::checkpoint::write_atomically(&folder.join("config.toml"), resolved.as_bytes())
             .with_context(|| format!("cannot write {}", folder.join("config.toml").display()))?;
         Ok(trainer)
     }
@@ -307,17 +308,15 @@ impl Trainer {
 
     fn sample(&mut self) -> Result<()> {
         let options = &self.config.sample;
-        if options.tokens == 0 {
-            return Ok(());
-        }
-        let mut prompt = vec![self.text.tokenizer.end_of_text()];
-        prompt.extend(self.text.tokenizer.encode(&options.prompt)?);
+        let Some(tokenizer) = self.text.tokenizer.as_ref().filter(|_| options.tokens > 0) else { return Ok(()) };
+        let mut prompt = vec![tokenizer.end_of_text()];
+        prompt.extend(tokenizer.encode(&options.prompt)?);
         let sampling =
             Sampling { temperature: options.temperature, top_k: 0, top_p: options.top_p, seed: self.config.seed };
-        let end = Some(self.text.tokenizer.end_of_text());
+        let end = Some(tokenizer.end_of_text());
         let stop = &self.stop;
         let tokens = self.model.generate(&prompt, options.tokens, &sampling, end, |_| !stop.is_set())?;
-        let text = self.text.tokenizer.decode(&tokens)?;
+        let text = tokenizer.decode(&tokens)?;
         self.console.line(&format!("sample at step {}:\n{}{text}\n", self.step, options.prompt));
         let metrics = SampleMetrics { step: self.step, prompt: options.prompt.clone(), text };
         self.metrics.append(&Record::Sample(metrics))?;

@@ -95,7 +95,7 @@ impl Trainer {
         for file in self.model.weight_files(SHARD_BYTES)? {
             writer.bytes(&file.name, &file.bytes)?;
         }
-        if let Some(json) = self.text.tokenizer.json() {
+        if let Some(json) = self.text.tokenizer.as_ref().and_then(|tokenizer| tokenizer.json()) {
             writer.bytes("tokenizer.json", json)?;
         }
         let (first, second) = self.optimizer.moments();

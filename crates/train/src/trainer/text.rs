@@ -1,8 +1,11 @@
 //! A run's tokens: opens the prepared folder, or makes it first.
 
-use crate::config::{DataConfig, RunConfig};
-use crate::data::{Dataset, Input, Loader, PrepareOptions, SplitName, Tokenizer, TokenizerChoice, Validation, prepare};
+use crate::config::{DataConfig, RunConfig, TokenFiles};
+use crate::data::{
+    Dataset, Input, Loader, PrepareOptions, SplitName, TokenStream, Tokenizer, TokenizerChoice, Validation, prepare,
+};
 use anyhow::{Context, Result, bail};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// What a run trains and validates on.
@@ -11,11 +14,36 @@ pub struct Text {
     pub train: Arc<Loader>,
     /// Windows of the validation split in order; `None` if nothing is held out.
     pub valid: Option<Loader>,
-    /// Ids to text and back.
-    pub tokenizer: Tokenizer,
-    dataset: Dataset,
-    /// Checksum of the manifest: resuming with other data is refused.
+    /// Ids to text and back; token files of other programs may come without one.
+    pub tokenizer: Option<Tokenizer>,
+    source: Source,
+    /// A checksum of what the data is: resuming with other data is refused.
     pub fingerprint: String,
+}
+
+/// Where the token streams come from.
+enum Source {
+    Prepared(Dataset),
+    Files { files: TokenFiles, vocabulary: u32 },
+}
+
+impl Source {
+    fn stream(&self, split: SplitName, tokenizer: Option<&Tokenizer>) -> Result<TokenStream> {
+        match self {
+            Self::Prepared(dataset) => Ok(dataset.split(split)?),
+            Self::Files { files, vocabulary } => {
+                let paths = if split == SplitName::Train { &files.train } else { &files.valid };
+                let mut stream = TokenStream::open(paths, files.format, *vocabulary)?;
+                if let Some(tokenizer) = tokenizer {
+                    stream = stream.with_tokenizer(tokenizer);
+                }
+                Ok(match files.end_of_text {
+                    Some(id) => stream.with_end_of_text(id),
+                    None => stream,
+                })
+            }
+        }
+    }
 }
 
 /// Tokens of a BPE are chosen by the counts in this much of the text.
@@ -58,38 +86,16 @@ impl Text {
     /// If there is no data, a file is damaged, the tokenizer has more ids than the model, or a sequence is longer than
     /// the data.
     pub fn open(config: &RunConfig) -> Result<Self> {
-        let folder = config.data_folder();
-        if !folder.join(crate::data::manifest::MANIFEST_FILE).exists() {
-            if config.data.inputs.is_empty() {
-                bail!(
-                    "{} holds no prepared data; give data.inputs, or run `prepare --out {}`",
-                    folder.display(),
-                    folder.display()
-                );
-            }
-            tracing::info!("preparing {} from {}", folder.display(), config.data.inputs.join(", "));
-            prepare(&options(config)?, &mut crate::data::prepare::progress_bar())?;
-        }
-        let dataset = Dataset::open(&folder)?;
-        if config.data.verify_checksums {
-            dataset.verify_checksums()?;
-        }
-        let manifest = dataset.manifest();
-        let (ids, vocabulary) = (manifest.vocabulary_size as usize, config.model.vocab_size);
-        if ids > vocabulary {
-            bail!("{}: the data has {ids} token ids, but model.vocab_size is {vocabulary}", folder.display());
-        }
-        let manifest_bytes = serde_json::to_vec(manifest)?;
-        let length = config.train.sequence_length;
-        let train = Loader::new(dataset.split(SplitName::Train)?, length, Some(config.seed))?;
-        let mut text = Self {
-            train: Arc::new(train),
-            valid: None,
-            tokenizer: dataset.tokenizer()?,
-            fingerprint: blake3::hash(&manifest_bytes).to_hex().to_string(),
-            dataset,
+        let vocabulary = config.model.vocab_size;
+        let (source, tokenizer, fingerprint) = match &config.data.token_files {
+            Some(files) => open_token_files(files, vocabulary as u32)?,
+            None => open_prepared(config)?,
         };
-        if text.dataset.entry(SplitName::Valid).tokens == 0 {
+        let length = config.train.sequence_length;
+        let train = source.stream(SplitName::Train, tokenizer.as_ref())?;
+        let train = Arc::new(Loader::new(train, length, Some(config.seed))?);
+        let mut text = Self { train, valid: None, tokenizer, source, fingerprint };
+        if text.source.stream(SplitName::Valid, None)?.is_empty() {
             tracing::warn!("nothing is held out: there will be no validation loss");
         } else {
             text.valid = Some(text.validation_windows(length).context("the validation split is too short")?);
@@ -102,6 +108,48 @@ impl Text {
     /// # Errors
     /// If it has not that many tokens.
     pub fn validation_windows(&self, length: usize) -> Result<Loader> {
-        Ok(Loader::new(self.dataset.split(SplitName::Valid)?, length, None)?)
+        Ok(Loader::new(self.source.stream(SplitName::Valid, self.tokenizer.as_ref())?, length, None)?)
     }
+}
+
+/// Opens the prepared folder, making it first if it is not there.
+fn open_prepared(config: &RunConfig) -> Result<(Source, Option<Tokenizer>, String)> {
+    let folder = config.data_folder();
+    if !folder.join(crate::data::manifest::MANIFEST_FILE).exists() {
+        if config.data.inputs.is_empty() {
+            bail!(
+                "{} holds no prepared data; give data.inputs, or run `prepare --out {}`",
+                folder.display(),
+                folder.display()
+            );
+        }
+        tracing::info!("preparing {} from {}", folder.display(), config.data.inputs.join(", "));
+        prepare(&options(config)?, &mut crate::data::prepare::progress_bar())?;
+    }
+    let dataset = Dataset::open(&folder)?;
+    if config.data.verify_checksums {
+        dataset.verify_checksums()?;
+    }
+    let (ids, vocabulary) = (dataset.manifest().vocabulary_size as usize, config.model.vocab_size);
+    if ids > vocabulary {
+        bail!("{}: the data has {ids} token ids, but model.vocab_size is {vocabulary}", folder.display());
+    }
+    let fingerprint = fingerprint(&serde_json::to_vec(dataset.manifest())?);
+    let tokenizer = dataset.tokenizer()?;
+    Ok((Source::Prepared(dataset), Some(tokenizer), fingerprint))
+}
+
+fn open_token_files(files: &TokenFiles, vocabulary: u32) -> Result<(Source, Option<Tokenizer>, String)> {
+    let load = |path: &PathBuf| Tokenizer::from_file(path, None, Some(vocabulary));
+    let tokenizer = files.tokenizer.as_ref().map(load).transpose()?;
+    let mut description = serde_json::to_vec(files)?;
+    for path in files.train.iter().chain(&files.valid) {
+        let bytes = std::fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?.len();
+        description.extend(bytes.to_le_bytes());
+    }
+    Ok((Source::Files { files: files.clone(), vocabulary }, tokenizer, fingerprint(&description)))
+}
+
+fn fingerprint(description: &[u8]) -> String {
+    blake3::hash(description).to_hex().to_string()
 }

@@ -59,7 +59,7 @@ pub fn decode<T: Float>(
         let first = task.sequence * layout.query_heads + task.kv_head * layout.group();
         let heads = first..first + layout.group();
         let nearer = &mut o[heads.start * layout.head_dim..heads.end * layout.head_dim];
-        compose((nearer, &mut rem[heads]), (part_o, part_rem));
+        compose((nearer, &mut rem[heads]), (part_o, part_rem))?;
     }
     Ok(())
 }
@@ -69,16 +69,17 @@ pub fn decode<T: Float>(
 ///
 /// Each side is `(o [rows, width], rem [rows])`; both sides must have the same sizes.
 ///
-/// # Panics
-/// If they have not.
-pub fn compose<T: Float>(nearer: (&mut [T], &mut [T]), farther: (&[T], &[T])) {
+/// # Errors
+/// If they have not; nothing is written then.
+pub fn compose<T: Float>(nearer: (&mut [T], &mut [T]), farther: (&[T], &[T])) -> Result<()> {
+    const OP: &str = "stick-breaking compose";
     let ((o, rem), (farther_o, farther_rem)) = (nearer, farther);
-    assert!(o.len() == farther_o.len() && rem.len() == farther_rem.len(), "compose: the two sides differ in size");
-    if rem.is_empty() {
-        return;
+    check_len(OP, "farther o", farther_o, o.len())?;
+    check_len(OP, "farther rem", farther_rem, rem.len())?;
+    if !o.len().is_multiple_of(rem.len().max(1)) {
+        return Err(KernelError::size(OP, "the length of o", format!("a multiple of the {} rows", rem.len()), o.len()));
     }
-    assert!(o.len().is_multiple_of(rem.len()), "compose: {} elements are not {} rows", o.len(), rem.len());
-    let width = o.len() / rem.len();
+    let width = o.len() / rem.len().max(1);
     for (row, (rem, &farther_rem)) in rem.iter_mut().zip(farther_rem).enumerate() {
         let range = row * width..(row + 1) * width;
         for (o, &farther) in o[range.clone()].iter_mut().zip(&farther_o[range]) {
@@ -86,6 +87,7 @@ pub fn compose<T: Float>(nearer: (&mut [T], &mut [T]), farther: (&[T], &[T])) {
         }
         *rem *= farther_rem;
     }
+    Ok(())
 }
 
 struct Part<'a, T> {
