@@ -374,17 +374,33 @@ impl RunConfig {
             ("schedule.final_fraction", self.schedule.final_fraction),
             ("schedule.decay_fraction", self.schedule.decay_fraction),
             ("data.validation_fraction", self.data.validation_fraction),
-            ("optimizer.beta1", self.optimizer.beta1),
-            ("optimizer.beta2", self.optimizer.beta2),
         ];
         for (key, value) in fractions {
             if !(0.0..=1.0).contains(&value) {
                 bail!("{key} = {value} must be between 0 and 1");
             }
         }
+        // At 1 the bias correction divides by 0.
+        for (key, value) in [("optimizer.beta1", self.optimizer.beta1), ("optimizer.beta2", self.optimizer.beta2)] {
+            if !(0.0..1.0).contains(&value) {
+                bail!("{key} = {value} must be 0 or more and below 1");
+            }
+        }
+        // A gradient that is always 0 would be divided by 0.
+        if !(self.optimizer.epsilon.is_finite() && self.optimizer.epsilon > 0.0) {
+            bail!("optimizer.epsilon = {} must be above 0", self.optimizer.epsilon);
+        }
+        if !(self.sample.top_p > 0.0 && self.sample.top_p <= 1.0) {
+            bail!("sample.top_p = {} must be above 0 and at most 1", self.sample.top_p);
+        }
+        if self.evaluation.tokens < 2 {
+            bail!("evaluation.tokens = {} must be 2 or more: the first one is not predicted", self.evaluation.tokens);
+        }
+        if self.evaluation.lengths.contains(&0) {
+            bail!("evaluation.lengths = {:?} must be 1 or more", self.evaluation.lengths);
+        }
         let non_negative = [
             ("optimizer.learning_rate", self.optimizer.learning_rate),
-            ("optimizer.epsilon", self.optimizer.epsilon),
             ("optimizer.weight_decay", self.optimizer.weight_decay),
             ("optimizer.clip_norm", self.optimizer.clip_norm),
             ("schedule.exponent", self.schedule.exponent),

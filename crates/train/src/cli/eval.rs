@@ -47,6 +47,9 @@ pub(super) fn run(args: EvalArgs) -> Result<()> {
         let metrics =
             evaluate::length_extrapolation(&loaded.model, open, lengths, tokens, trained, loaded.step, &stop)?;
         let Some(metrics) = metrics else { return interrupted() };
+        if metrics.loss_by_position.is_empty() {
+            bail!("{} has no token to predict", args.data.display());
+        }
         print_lengths(&metrics);
         write_json(args.json.as_deref(), &metrics)?;
         if args.record {
@@ -56,6 +59,9 @@ pub(super) fn run(args: EvalArgs) -> Result<()> {
     }
     let length = args.length.unwrap_or(loaded.trained_length);
     let Some(sum) = evaluate::loss(&loaded.model, &open(length)?, args.tokens, &stop)? else { return interrupted() };
+    if sum.tokens == 0 {
+        bail!("{} has no token to predict at a context of {length}", args.data.display());
+    }
     let metrics = sum.metrics(loaded.step);
     let bits = metrics.bits_per_byte.map_or("n/a".into(), |bits| format!("{bits:.4}"));
     println!("context {length}, {} predicted tokens of {}", metrics.tokens, args.data.display());

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::{CheckpointStore, KeepPolicy};
 use crate::data::Tokenizer;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use stickbreak_model::{ModelConfig, Transformer};
 use stickbreak_tensor::DType;
@@ -34,6 +34,10 @@ impl LoadedModel {
         } else {
             Tokenizer::Bytes
         };
+        let (ids, vocabulary) = (tokenizer.vocab_size() as usize, config.vocab_size);
+        if ids > vocabulary {
+            bail!("{}: the tokenizer has {ids} ids, but the model has {vocabulary}", folder.display());
+        }
         let model = Transformer::new(config, DType::F32)?;
         model.load_weights(&folder)?;
         Ok(Self { model, tokenizer, trained_length, step })

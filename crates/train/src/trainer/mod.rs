@@ -8,7 +8,7 @@ mod memory;
 mod snapshot;
 mod text;
 
-use crate::checkpoint::{CheckpointStore, KeepPolicy};
+use crate::checkpoint::{CheckpointStore, Disk, KeepPolicy, RealDisk};
 use crate::config::{NonFinite, RunConfig};
 use crate::console::Console;
 use crate::data::{Batch, Cursor, Prefetch};
@@ -20,10 +20,11 @@ use crate::schedule::learning_rate_factor;
 use crate::signal::StopFlag;
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use stickbreak_autograd::Tape;
 use stickbreak_model::{Sampling, Transformer, count};
-use stickbreak_tensor::memory_use;
+use stickbreak_tensor::{Tensor, memory_use};
 
 pub(crate) use memory::available_memory;
 pub use snapshot::program_version;
@@ -73,13 +74,21 @@ impl Trainer {
     /// # Errors
     /// If the configuration, the data or a checkpoint is not usable; see [`Text::open`].
     pub fn open(config: RunConfig, folder: &Path, stop: StopFlag) -> Result<Self> {
+        Self::open_on(config, folder, stop, Arc::new(RealDisk))
+    }
+
+    /// [`open`](Self::open) with checkpoints written through `disk`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_on(config: RunConfig, folder: &Path, stop: StopFlag, disk: Arc<dyn Disk>) -> Result<Self> {
         let text = Text::open(&config)?;
         std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let keep = KeepPolicy {
             last: config.checkpoint.keep_last,
             every: (config.checkpoint.keep_every > 0).then_some(config.checkpoint.keep_every),
         };
-        let store = CheckpointStore::open(folder.join("checkpoints"), keep)?;
+        let store = CheckpointStore::open_on(folder.join("checkpoints"), keep, disk)?;
         let model = Transformer::new(config.model.clone(), config.dtype.into())?;
         let optimizer = Optimizer::new(config.optimizer.clone(), &model);
         let checkpoint = store.latest_valid()?;
@@ -141,14 +150,13 @@ impl Trainer {
     pub fn run(&mut self) -> Result<Outcome> {
         let steps = self.config.train.steps;
         if self.step >= steps {
-            self.console.line(&format!("nothing to do: step {} of {steps} is reached", self.step));
-            return Ok(Outcome::Finished);
+            self.console.line(&format!("nothing to train: step {} of {steps} is reached", self.step));
+            return self.finish();
         }
         self.announce();
         self.preflight()?;
-        if self.step == 0 && self.metrics.last_step("valid").is_none() {
-            self.validate()?;
-        }
+        // What an earlier process was stopped in, after its save.
+        self.measure()?;
         let per_step = self.config.sequences_per_step();
         let micro = self.config.micro_batch();
         let first = self.cursor.position;
@@ -217,17 +225,16 @@ impl Trainer {
     /// No update is made with a loss or gradient that is not finite: names the tensor, then stops or skips.
     fn non_finite(&mut self, loss: f64) -> Result<()> {
         let step = self.step + 1;
-        let culprit = if loss.is_finite() {
-            let broken = self
-                .model
-                .arena()
-                .iter()
-                .find(|(_, parameter)| !parameter.gradient.sum_of_squares().is_ok_and(f64::is_finite));
-            broken.map_or("the sum of the squared gradients".into(), |(entry, _)| {
-                format!("the gradient of {}", entry.name)
-            })
+        let gradient = || {
+            let broken = |gradient: &Tensor| !gradient.sum_of_squares().is_ok_and(f64::is_finite);
+            self.model.arena().iter().find(|(_, parameter)| broken(&parameter.gradient))
+        };
+        let culprit = if let Some(name) = self.non_finite_parameter() {
+            format!("the parameter {name}, hence the loss ({loss}),")
+        } else if let Some((entry, _)) = gradient() {
+            format!("the gradient of {}, with a loss of {loss},", entry.name)
         } else {
-            format!("the loss ({loss})")
+            format!("the loss ({loss}) or the sum of the squared gradients")
         };
         self.skipped_in_a_row += 1;
         if self.config.train.non_finite == NonFinite::Skip && self.skipped_in_a_row < MOST_SKIPPED {
@@ -238,6 +245,17 @@ impl Trainer {
             "step {step}, rank 0: {culprit} is not finite; the parameters were not updated. The last checkpoint is \
              intact; a lower optimizer.learning_rate or a longer schedule.warmup_steps usually helps"
         );
+    }
+
+    /// The first parameter with an infinity or a NaN in it.
+    fn non_finite_parameter(&self) -> Option<String> {
+        let arena = self.model.arena();
+        let finite = |tensor: &Tensor| tensor.sum_of_squares().is_ok_and(f64::is_finite);
+        if finite(arena.values()) {
+            return None;
+        }
+        let broken = arena.iter().find(|(_, parameter)| !finite(&parameter.value));
+        Some(broken.map_or("arena", |(entry, _)| &entry.name).to_owned())
     }
 
     fn learning_rate(&self) -> f64 {
@@ -270,23 +288,44 @@ impl Trainer {
 
     /// Saves, evaluates and samples when their steps have come; a save first.
     fn periodic_work(&mut self) -> Result<()> {
-        let (step, last) = (self.step, self.step == self.config.train.steps);
-        let due = |every: u64| every > 0 && step.is_multiple_of(every) && !last;
-        if due(self.config.checkpoint.every) {
+        if self.is_due(self.config.checkpoint.every) {
             self.save()?;
         }
-        if due(self.config.evaluation.every) {
+        self.measure()
+    }
+
+    /// Whether something done every so many steps is due after this one; the last step has its own order.
+    fn is_due(&self, every: u64) -> bool {
+        every > 0 && self.step > 0 && self.step < self.config.train.steps && self.step.is_multiple_of(every)
+    }
+
+    /// Evaluates and samples if this step asks for it and it is not in the metrics yet.
+    fn measure(&mut self) -> Result<()> {
+        if self.step == 0 || self.is_due(self.config.evaluation.every) {
             self.validate()?;
         }
-        if due(self.config.sample.every) {
+        if self.is_due(self.config.sample.every) {
             self.sample()?;
         }
         Ok(())
     }
 
+    /// Whether the metrics have a line of this kind for this step.
+    fn is_measured(&self, kind: &str) -> bool {
+        self.metrics.last_step(kind) == Some(self.step)
+    }
+
     fn save(&mut self) -> Result<()> {
         if self.step == 0 || self.store.open_step(self.step).is_ok() {
             return Ok(());
+        }
+        // An update can overflow although its gradients were finite; such weights must not push out good ones.
+        if let Some(name) = self.non_finite_parameter() {
+            bail!(
+                "step {}, rank 0: the parameter {name} is not finite after the update, so this step is not saved. The \
+                 last checkpoint is intact; a lower optimizer.learning_rate usually helps",
+                self.step
+            );
         }
         self.metrics.sync()?;
         let checkpoint = self.store.save(self.step, |writer| self.write_checkpoint(writer))?;
@@ -294,9 +333,9 @@ impl Trainer {
         Ok(())
     }
 
-    /// The loss on the validation tokens; does nothing if there are none or a signal comes.
+    /// The loss on the validation tokens; does nothing if it is known, if there are none, or if a signal comes.
     fn validate(&mut self) -> Result<()> {
-        let Some(valid) = &self.text.valid else { return Ok(()) };
+        let Some(valid) = self.text.valid.as_ref().filter(|_| !self.is_measured("valid")) else { return Ok(()) };
         let Some(sum) = evaluate::loss(&self.model, valid, Some(self.config.evaluation.tokens), &self.stop)? else {
             return Ok(());
         };
@@ -306,9 +345,13 @@ impl Trainer {
         Ok(())
     }
 
+    /// A continued prompt; nothing if it is known, or if a signal comes meanwhile.
     fn sample(&mut self) -> Result<()> {
         let options = &self.config.sample;
         let Some(tokenizer) = self.text.tokenizer.as_ref().filter(|_| options.tokens > 0) else { return Ok(()) };
+        if self.stop.is_set() || self.is_measured("sample") {
+            return Ok(());
+        }
         let mut prompt = vec![tokenizer.end_of_text()];
         prompt.extend(tokenizer.encode(&options.prompt)?);
         let sampling =
@@ -316,6 +359,10 @@ impl Trainer {
         let end = Some(tokenizer.end_of_text());
         let stop = &self.stop;
         let tokens = self.model.generate(&prompt, options.tokens, &sampling, end, |_| !stop.is_set())?;
+        if self.stop.is_set() {
+            // Cut short: it is made anew after the resume.
+            return Ok(());
+        }
         let text = tokenizer.decode(&tokens)?;
         self.console.line(&format!("sample at step {}:\n{}{text}\n", self.step, options.prompt));
         let metrics = SampleMetrics { step: self.step, prompt: options.prompt.clone(), text };
@@ -362,7 +409,7 @@ impl Trainer {
         if !too_long.is_empty() {
             self.console.line(&format!("evaluation.lengths {too_long:?} exceed the {available} validation tokens"));
         }
-        if lengths.is_empty() {
+        if lengths.is_empty() || self.is_measured("length") {
             return Ok(());
         }
         let open = |length| self.text.validation_windows(length);
@@ -379,7 +426,7 @@ impl Trainer {
     /// How far the stick reaches in each head, and where the heads look.
     fn inspect(&mut self) -> Result<()> {
         let Some(valid) = &self.text.valid else { return Ok(()) };
-        if self.stop.is_set() {
+        if self.stop.is_set() || self.is_measured("attention") {
             return Ok(());
         }
         let batch = valid.batch(0, 1)?;
@@ -420,7 +467,7 @@ impl Trainer {
         let peak = memory_use().peak as u64;
         self.console.line(&format!("memory: estimated {}, one step took {}", mib(estimate.total()), mib(peak)));
         let metrics = MemoryMetrics { step: self.step, peak_bytes: peak, parts: estimate.parts };
-        if self.metrics.last_step("memory") != Some(self.step) {
+        if !self.is_measured("memory") {
             self.metrics.append(&Record::Memory(metrics))?;
         }
         Ok(())
