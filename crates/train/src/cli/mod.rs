@@ -46,10 +46,14 @@ enum Command {
     Bench(crate::bench::BenchArgs),
     /// Say what this machine has and what will be used.
     Doctor,
-    /// Write a run's report.html.
+    /// Write a run's report.html, or one chart of the length-extrapolation curves of several runs.
     Report {
-        /// The run's folder.
-        run: PathBuf,
+        /// The run's folder; more than one with --length-curves.
+        #[arg(required = true)]
+        runs: Vec<PathBuf>,
+        /// Write the runs' length-extrapolation curves to this SVG file instead.
+        #[arg(long, value_name = "SVG")]
+        length_curves: Option<PathBuf>,
     },
 }
 
@@ -81,8 +85,11 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::Bench(args) => crate::bench::run(&args),
         Command::Doctor => crate::doctor::run(),
-        Command::Report { run } => {
-            println!("{}", crate::report::write_report(&run)?.display());
+        Command::Report { runs, length_curves: Some(path) } => crate::report::write_length_curves(&runs, &path),
+        Command::Report { runs, length_curves: None } => {
+            for run in runs {
+                println!("{}", crate::report::write_report(&run)?.display());
+            }
             Ok(())
         }
     }

@@ -7,6 +7,7 @@
 //! CSS variables, so that the page can be read in light and in dark, and a crate's backends write fixed ones.
 
 mod chart;
+mod curve;
 mod heat;
 mod page;
 mod ticks;
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 
 pub use chart::{ChartLabels, Scale, Series, line_chart_svg};
+pub use curve::write_length_curves;
 
 use crate::checkpoint::write_atomically;
 use crate::metrics::{METRICS_NAME, read_records};
