@@ -60,9 +60,7 @@ fn poison(trainer: &Trainer, name: &str, row: usize, count: usize) {
 fn a_nan_stops_the_run_before_any_update() {
     let workspace = Workspace::new();
     let whole = workspace.train("whole", &[]);
-    let run = workspace.path("nan");
-    let disk = Arc::new(FaultyDisk::new(When::Bytes(u64::MAX), Failure::Killed));
-    workspace.train_on("nan", &["train.steps=4"], StopFlag::new(), disk).unwrap();
+    let run = workspace.train("nan", &["train.steps=4"]);
     let name = "model.layers.1.mlp.up_proj.weight";
 
     let mut trainer = Trainer::open(workspace.config(&[]), &run, StopFlag::new()).unwrap();
