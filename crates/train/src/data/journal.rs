@@ -64,6 +64,22 @@ impl Journal {
         Ok(old)
     }
 
+    /// Refuses an output folder that was prepared with other options, naming the difference. What the inputs hold by now
+    /// is not compared, and neither is a folder without a journal.
+    pub fn check_options(options: &PrepareOptions) -> Result<()> {
+        let path = options.output.join(JOURNAL_FILE);
+        if !path.exists() {
+            return Ok(());
+        }
+        let old: Self = serde_json::from_slice(&files::read(&path)?)
+            .map_err(|error| DataError::format(&path)(FormatError::Json(error.to_string())))?;
+        let new = serde_json::to_value(options).expect("plain options have a JSON form");
+        match difference(&old.options, &new) {
+            Some(difference) => Err(DataError::OtherPreparation { path: options.output.clone(), difference }),
+            None => Ok(()),
+        }
+    }
+
     /// Puts the present state on disk.
     pub fn write(&self, folder: &Path) -> Result<()> {
         let text = serde_json::to_vec_pretty(self).expect("plain data has a JSON form");

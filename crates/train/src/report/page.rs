@@ -157,7 +157,7 @@ fn course(run: &Run<'_>) -> String {
 
 fn length(run: &Run<'_>) -> String {
     let Some(length) = run.length else {
-        let remedy = "<code>cargo xtask eval RUN</code> reads one text at several context lengths and adds it.";
+        let remedy = "<code>cargo xtask eval RUN --data DATA --lengths 512,1024,2048 --record</code> reads one text at several context lengths and adds it.";
         return section("Length extrapolation", &missing("Not measured yet:", remedy));
     };
     let marks = vec![(length.trained_length as f64, "trained length".to_owned())];
@@ -172,7 +172,10 @@ fn length(run: &Run<'_>) -> String {
     body += "A model that extrapolates stays level or falls to the right of the dashed line.</p><div class=\"pair\">";
     body += &card(&inline_svg(&[curve], &at, HALF));
     if length.loss_by_position.is_empty() {
-        body += &missing("Loss by position was not measured:", "<code>cargo xtask eval RUN</code> adds it.");
+        body += &missing(
+            "Loss by position was not measured:",
+            "<code>cargo xtask eval RUN --data DATA --lengths 512,1024,2048 --record</code> adds it.",
+        );
     } else {
         let middle = |part: &crate::metrics::PositionLoss| ((part.start + part.end) as f64 / 2.0, part.loss);
         let points = length.loss_by_position.iter().map(middle).collect();
@@ -188,7 +191,7 @@ fn length(run: &Run<'_>) -> String {
 
 fn attention(run: &Run<'_>) -> String {
     let Some(attention) = run.attention.filter(|attention| !attention.heads.is_empty()) else {
-        let remedy = "<code>cargo xtask eval RUN</code> looks into the heads and adds it.";
+        let remedy = "<code>cargo xtask train</code> looks into the heads at its end; softmax has no stick to show.";
         return section("Attention", &missing("Not measured yet:", remedy));
     };
     let context = attention.context as f64;

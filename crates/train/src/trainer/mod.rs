@@ -19,6 +19,7 @@ use crate::report::write_report;
 use crate::schedule::learning_rate_factor;
 use crate::signal::StopFlag;
 use anyhow::{Context, Result, bail};
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,6 +47,8 @@ pub struct Trainer {
     tokens_seen: u64,
     training_seconds: f64,
     skipped_in_a_row: u32,
+    /// Held as long as the run is open; the system lets go of it when the process ends, however it ends.
+    _lock: File,
 }
 
 /// How a run ended.
@@ -84,6 +87,7 @@ impl Trainer {
     pub fn open_on(config: RunConfig, folder: &Path, stop: StopFlag, disk: Arc<dyn Disk>) -> Result<Self> {
         let text = Text::open(&config)?;
         std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let lock = lock(folder)?;
         let keep = KeepPolicy {
             last: config.checkpoint.keep_last,
             every: (config.checkpoint.keep_every > 0).then_some(config.checkpoint.keep_every),
@@ -119,6 +123,7 @@ impl Trainer {
             tokens_seen: 0,
             training_seconds: 0.0,
             skipped_in_a_row: 0,
+            _lock: lock,
         };
         match checkpoint {
             Some(checkpoint) => {
@@ -471,6 +476,17 @@ impl Trainer {
             self.metrics.append(&Record::Memory(metrics))?;
         }
         Ok(())
+    }
+}
+
+/// Two processes in one folder would tear each other's metrics and checkpoints.
+fn lock(folder: &Path) -> Result<File> {
+    let path = folder.join(".lock");
+    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!("another process is training in {}", folder.display()),
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }
 }
 

@@ -1,6 +1,7 @@
 //! A run's tokens: opens the prepared folder, or makes it first.
 
 use crate::config::{DataConfig, RunConfig, TokenFiles};
+use crate::data::journal::Journal;
 use crate::data::{
     Dataset, Input, Loader, PrepareOptions, SplitName, TokenStream, Tokenizer, TokenizerChoice, Validation, prepare,
 };
@@ -125,6 +126,9 @@ fn open_prepared(config: &RunConfig) -> Result<(Source, Option<Tokenizer>, Strin
         }
         tracing::info!("preparing {} from {}", folder.display(), config.data.inputs.join(", "));
         prepare(&options(config)?, &mut crate::data::prepare::progress_bar())?;
+    } else if !config.data.inputs.is_empty() {
+        // Training on a folder that was prepared otherwise would silently ignore the config.
+        Journal::check_options(&options(config)?)?;
     }
     let dataset = Dataset::open(&folder)?;
     if config.data.verify_checksums {
