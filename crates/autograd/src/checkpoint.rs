@@ -1,7 +1,6 @@
 //! Recompute instead of remember (activation checkpointing, arXiv 1604.06174).
 
-use crate::error::{AutogradError, Result};
-use crate::parameter::Parameter;
+use crate::error::Result;
 use crate::tape::{Op, OutputGradients, Sink, Tape};
 use crate::var::Var;
 use stickbreak_tensor::Tensor;
@@ -10,8 +9,9 @@ use stickbreak_tensor::Tensor;
 trait Segment: for<'t> Fn(&'t Tape, &[Var<'t>]) -> Result<Var<'t>> {}
 impl<F: for<'t> Fn(&'t Tape, &[Var<'t>]) -> Result<Var<'t>>> Segment for F {}
 
-/// Runs `segment` without recording it; its backward pass runs it again, recorded, from the saved inputs. Costs one
-/// more forward pass, saves all of the segment's activations, and gives the same gradients bit for bit.
+/// Runs `segment` without recording it; its backward pass runs it again, recorded, from the saved inputs. It keeps the
+/// inputs instead of all that the segment's ops would save, for the price of one more forward pass. The gradients are the
+/// same bit for bit, for they are added up in the same order.
 ///
 /// `segment` must compute the same function each time, of `inputs` and parameters alone.
 ///
@@ -26,7 +26,7 @@ pub fn checkpoint<'t>(
     let constants: Vec<Var<'_>> = inputs.iter().map(|v| scratch.constant(v.value().clone())).collect();
     let output = segment(&scratch, &constants)?.value().clone();
     // The parameters are inputs of the op too: the tape counts uses to know when a gradient is complete.
-    let parameters: Vec<Var<'t>> = scratch.used_parameters().iter().map(|p: &Parameter| tape.parameter(p)).collect();
+    let parameters: Vec<Var<'t>> = scratch.used_parameters().iter().map(|p| tape.parameter(p)).collect();
     let all: Vec<&Var<'t>> = inputs.iter().copied().chain(&parameters).collect();
     let op = Checkpoint {
         tracked: inputs.iter().map(|v| v.is_tracked()).collect(),
@@ -50,17 +50,32 @@ impl Op for Checkpoint {
 
     fn backward(self: Box<Self>, outputs: OutputGradients, sink: &mut Sink<'_>) -> Result<()> {
         let tape = Tape::new();
-        let inputs: Vec<Var<'_>> = std::iter::zip(self.inputs, &self.tracked)
-            .map(|(value, &tracked)| if tracked { tape.input(value) } else { tape.constant(value) })
-            .collect();
+        let mut inputs: Vec<Var<'_>> = Vec::new();
+        for (index, (value, &tracked)) in std::iter::zip(self.inputs, &self.tracked).enumerate() {
+            let first = sink.first_occurrence(index);
+            inputs.push(if first < index {
+                inputs[first].clone()
+            } else if let Some(parameter) = sink.parameter(index) {
+                tape.parameter(parameter)
+            } else if tracked {
+                // What later ops have added so far goes in and comes out again, so that the segment's own parts are
+                // added to it one by one, as without recompute: sums of floats depend on their order.
+                let input = tape.input(value);
+                tape.start_gradient(&input, sink.take(index));
+                input
+            } else {
+                tape.constant(value)
+            });
+        }
         let output = (self.segment)(&tape, &inputs)?;
         // Parameters add to their arena right here; the outer tape announces them when this op is done.
-        let gradients = match tape.backward_from(&[(&output, outputs.single())], &mut |_| {}) {
-            Err(AutogradError::Untracked) => return Ok(()),
-            other => other?,
-        };
+        let seeds = [(&output, outputs.single())];
+        // A segment may detach its output; what was gathered for its inputs must come out all the same.
+        let mut gradients = tape.backward_from_any(&seeds, &mut |_| {})?;
         for (index, input) in inputs.iter().enumerate() {
-            sink.add_option(index, gradients.get(input).cloned())?;
+            if sink.first_occurrence(index) == index {
+                sink.replace(index, gradients.take(input));
+            }
         }
         Ok(())
     }

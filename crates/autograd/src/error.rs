@@ -1,6 +1,7 @@
 //! What can go wrong while a graph is built or differentiated.
 
-use stickbreak_tensor::{Shape, TensorError};
+use crate::parameter::ParameterId;
+use stickbreak_tensor::{DType, Shape, TensorError};
 use thiserror::Error;
 
 /// Result of an autograd call.
@@ -30,6 +31,29 @@ pub enum AutogradError {
     /// Differentiation of a value that depends on nothing tracked.
     #[error("backward of a value that no tracked input or parameter went into")]
     Untracked,
+    /// A second backward pass over one tape.
+    #[error("this tape has run backward already and what its ops saved is gone; record the step again on a new tape")]
+    UsedUp,
+    /// An id that an arena has not.
+    #[error("the arena has {parameters} parameters, none with id {}", id.0)]
+    UnknownParameter {
+        /// The id asked for.
+        id: ParameterId,
+        /// Number of parameters.
+        parameters: usize,
+    },
+    /// A gradient of another dtype than its value.
+    #[error("{op}: gradient of input {input} has dtype {found}, its value {expected}")]
+    GradientDType {
+        /// The op whose backward made the gradient.
+        op: &'static str,
+        /// Which of its inputs.
+        input: usize,
+        /// Dtype of the value.
+        expected: DType,
+        /// Dtype of the gradient.
+        found: DType,
+    },
     /// A gradient of another shape than its value.
     #[error("{op}: gradient of input {input} has shape {found}, its value {expected}")]
     GradientShape {

@@ -13,7 +13,7 @@ pub struct Options {
     pub step: f64,
     /// Allowed difference, relative to `max(1, |analytic|, |numeric|)`.
     pub tolerance: f64,
-    /// Elements checked per input, spread evenly; all of them if an input has no more.
+    /// Elements checked per input, spread over all rows and columns; all of them if an input has no more.
     pub elements_per_input: usize,
 }
 
@@ -57,10 +57,12 @@ pub struct Report {
 }
 
 /// Checks the gradients of `function` at `inputs` (float64, any layout). The function's output is reduced to one number
-/// by fixed random weights, so every output element matters.
+/// by fixed random weights, so every output element matters. An input that the output does not depend on must have a
+/// finite difference of 0. A NaN on either side fails.
 ///
 /// # Errors
-/// With the first [`Mismatch`], or what the function itself reports.
+/// With the first [`Mismatch`], or what the function itself reports ([`AutogradError::Untracked`] if its output depends
+/// on no input).
 pub fn gradcheck(
     function: impl for<'t> Fn(&'t Tape, &[Var<'t>]) -> Result<Var<'t>>,
     inputs: &[Tensor],
@@ -86,8 +88,7 @@ pub fn gradcheck(
             None => vec![0.0; tensor.elements()],
         };
         let values = tensor.to_f64_vec();
-        let stride = values.len().div_ceil(options.elements_per_input).max(1);
-        for element in (0..values.len()).step_by(stride) {
+        for element in spread(values.len(), options.elements_per_input) {
             let step = options.step * values[element].abs().max(1.0);
             let shifted = |by: f64| -> Result<f64> {
                 let mut changed = values.clone();
@@ -99,7 +100,7 @@ pub fn gradcheck(
             let numeric = (shifted(step)? - shifted(-step)?) / (2.0 * step);
             let analytic = analytic[element];
             let error = (analytic - numeric).abs() / analytic.abs().max(numeric.abs()).max(1.0);
-            // A NaN must fail: `!(error <= tolerance)` is true for it.
+            // A NaN compares false with everything: it must fail all the same.
             if error.is_nan() || error > options.tolerance {
                 return Err(AutogradError::Gradcheck(Box::new(Mismatch { input, element, analytic, numeric, error })));
             }
@@ -108,6 +109,21 @@ pub fn gradcheck(
         }
     }
     Ok(report)
+}
+
+/// Up to `count` different indices below `len`: steps of about the golden section, without a common divisor with `len`, so
+/// that they do not all fall into one column.
+fn spread(len: usize, count: usize) -> impl Iterator<Item = usize> {
+    let coprime = |step: &usize| {
+        let (mut a, mut b) = (len, *step);
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a == 1
+    };
+    let golden = if len <= count { 1 } else { (len as f64 * 0.618) as usize };
+    let step = (golden.max(1)..=len).find(coprime).unwrap_or(1);
+    (0..len.min(count)).map(move |i| i * step % len)
 }
 
 /// Fixed pseudo-random weights in [-1, 1], far from symmetric, of an output's shape.
@@ -148,7 +164,7 @@ impl Case {
         let inputs = shapes.iter().enumerate().map(|(i, shape)| {
             let normal = Tensor::randn(0.0, 1.0, *shape, DType::F64, seed * 101 + i as u64).expect("a float dtype");
             let rank = shape.len();
-            if seed % 2 == 0 || rank < 2 {
+            if seed.is_multiple_of(2) || rank < 2 {
                 return normal;
             }
             let swapped = |t: &Tensor| t.transpose(rank - 2, rank - 1).expect("two dimensions");

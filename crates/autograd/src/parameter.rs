@@ -3,7 +3,7 @@
 //! The optimizer, the global norm, checkpoints and gradient reduction work on contiguous ranges instead of hundreds of
 //! small tensors, and a weight gradient is accumulated by the matrix product straight into its place.
 
-use crate::error::Result;
+use crate::error::{AutogradError, Result};
 use std::ops::Range;
 use stickbreak_tensor::{DType, Shape, Tensor};
 
@@ -88,7 +88,10 @@ impl ParameterArena {
         &self.gradients
     }
 
-    /// Sets every gradient to zero.
+    /// Sets every gradient to zero, as before a new step.
+    ///
+    /// # Errors
+    /// If the arena's dtype is none that the device computes in.
     pub fn zero_gradients(&self) -> Result<()> {
         Ok(self.gradients.fill_assign(0.0)?)
     }
@@ -98,9 +101,9 @@ impl ParameterArena {
     /// # Errors
     /// If the arena has no such parameter.
     pub fn parameter(&self, id: ParameterId) -> Result<Parameter> {
-        let range = self.entries.get(id.0).map_or(usize::MAX..usize::MAX, |e| e.range.clone());
-        let shape = self.entries.get(id.0).map(|e| e.shape.clone()).unwrap_or_default();
-        let view = |arena: &Tensor| arena.narrow(0, range.start, range.len())?.reshape(&shape);
+        let unknown = AutogradError::UnknownParameter { id, parameters: self.entries.len() };
+        let ArenaEntry { range, shape, .. } = self.entries.get(id.0).ok_or(unknown)?;
+        let view = |arena: &Tensor| arena.narrow(0, range.start, range.len())?.reshape(shape);
         Ok(Parameter { id, value: view(&self.values)?, gradient: view(&self.gradients)? })
     }
 

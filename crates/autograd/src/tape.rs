@@ -3,7 +3,7 @@
 use crate::error::{AutogradError, Result};
 use crate::parameter::{Parameter, ParameterId};
 use crate::var::Var;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use stickbreak_tensor::{DType, Shape, Tensor};
 
@@ -58,9 +58,11 @@ pub(crate) struct Node {
     op: Option<Box<dyn Op>>,
 }
 
-/// The record of one step.
+/// The record of one step: one forward pass, then one backward pass, which uses it up.
 pub struct Tape {
     recording: bool,
+    /// Whether the backward pass has taken the ops' saved state.
+    used_up: Cell<bool>,
     pub(crate) nodes: RefCell<Vec<Node>>,
     pub(crate) slots: RefCell<Vec<SlotState>>,
     parameters: RefCell<HashMap<ParameterId, Slot>>,
@@ -88,6 +90,7 @@ impl Tape {
     fn with_recording(recording: bool) -> Self {
         Self {
             recording,
+            used_up: Cell::new(false),
             nodes: RefCell::default(),
             slots: RefCell::default(),
             parameters: RefCell::default(),
@@ -124,6 +127,9 @@ impl Tape {
     }
 
     /// A parameter; every use on this tape adds to its gradient in the arena.
+    ///
+    /// # Panics
+    /// If the tape has a parameter of another arena under the same id: a tape serves one arena.
     pub fn parameter(&self, parameter: &Parameter) -> Var<'_> {
         let value = parameter.value.clone();
         if !self.recording {
@@ -139,7 +145,18 @@ impl Tape {
             self.parameters.borrow_mut().insert(parameter.id, slot);
             slot
         });
+        let slots = self.slots.borrow();
+        let known = slots[slot.0].parameter.as_ref().expect("a slot in the map of parameters is a parameter's");
+        let same_arena = known.gradient.shares_storage(&parameter.gradient);
+        assert!(same_arena, "parameter {} of two arenas on one tape", parameter.id.0);
         Var { tape: self, value, slot: Some(slot) }
+    }
+
+    /// Lets the gradient of an input start from a sum gathered elsewhere instead of nothing.
+    pub(crate) fn start_gradient(&self, input: &Var<'_>, gradient: Option<Tensor>) {
+        if let Some(slot) = input.slot {
+            self.slots.borrow_mut()[slot.0].gradient = gradient;
+        }
     }
 
     pub(crate) fn used_parameters(&self) -> Vec<Parameter> {
@@ -149,12 +166,18 @@ impl Tape {
     /// Records an op that has run: the only way to make a tracked variable that is not a leaf.
     ///
     /// If no input is tracked the outputs are constants and the op, with all it saved, is dropped.
+    ///
+    /// # Panics
+    /// If an input belongs to another tape.
     pub fn record<'t, const N: usize>(
         &'t self,
         op: impl Op + 'static,
         inputs: &[&Var<'t>],
         outputs: [Tensor; N],
     ) -> [Var<'t>; N] {
+        for input in inputs {
+            assert!(std::ptr::eq(self, input.tape), "{}: an input belongs to another tape", op.name());
+        }
         if !inputs.iter().any(|v| v.is_tracked()) {
             return outputs.map(|value| self.constant(value));
         }
@@ -172,10 +195,11 @@ impl Tape {
         outputs
     }
 
-    /// Gradients of a loss of one element.
+    /// Gradients of a loss of one element. Those of parameters are added to their arena, those of inputs are returned.
     ///
     /// # Errors
-    /// If the loss has more elements or depends on nothing tracked, or an op's backward fails.
+    /// If the loss has more elements or depends on nothing tracked, an op's backward fails, or the tape has run backward
+    /// before: what the ops saved is gone then. To accumulate, record each micro-batch on a tape of its own.
     pub fn backward(&self, loss: &Var<'_>) -> Result<Gradients> {
         self.backward_with(loss, 1.0, &mut |_| {})
     }
@@ -201,8 +225,21 @@ impl Tape {
         if !seeds.iter().any(|(var, _)| var.is_tracked()) {
             return Err(AutogradError::Untracked);
         }
+        self.backward_from_any(seeds, ready)
+    }
+
+    /// [`backward_from`](Self::backward_from) that takes seeds into which nothing tracked went.
+    pub(crate) fn backward_from_any(
+        &self,
+        seeds: &[(&Var<'_>, Tensor)],
+        ready: &mut dyn FnMut(ParameterId),
+    ) -> Result<Gradients> {
+        if self.used_up.replace(true) {
+            return Err(AutogradError::UsedUp);
+        }
         let mut slots = self.slots.borrow_mut();
         for (index, (var, gradient)) in seeds.iter().enumerate() {
+            assert!(std::ptr::eq(self, var.tape), "backward of a variable of another tape");
             let inputs = [var.slot];
             Sink { op: "seed", inputs: &inputs, slots: &mut slots }.add(0, gradient.clone()).map_err(|e| match e {
                 AutogradError::GradientShape { op, expected, found, .. } => {
@@ -211,9 +248,13 @@ impl Tape {
                 other => other,
             })?;
         }
+        // A parameter that no op took, or that is a seed itself, is complete before the loop.
+        for state in slots.iter().filter(|state| state.pending_uses == 0) {
+            state.parameter.iter().for_each(|parameter| ready(parameter.id));
+        }
         // Creation order is topological, so one loop from the end sees every op after all ops that use its outputs.
-        let nodes = std::mem::take(&mut *self.nodes.borrow_mut());
-        for mut node in nodes.into_iter().rev() {
+        // The nodes stay, for a picture of the graph; their ops, with all they saved, go one by one.
+        for node in self.nodes.borrow_mut().iter_mut().rev() {
             let gradients: Vec<_> = node.outputs.iter().map(|slot| slots[slot.0].gradient.take()).collect();
             if let Some(op) = node.op.take().filter(|_| gradients.iter().any(Option::is_some)) {
                 let mut sink = Sink { op: node.name, inputs: &node.inputs, slots: &mut slots };
@@ -239,9 +280,14 @@ pub struct Gradients {
 }
 
 impl Gradients {
-    /// The gradient of a variable made by [`Tape::input`]; `None` if the loss did not depend on it.
+    /// The gradient of a variable made by [`Tape::input`]; `None` if the loss did not depend on it. The gradients of
+    /// intermediate values are gone: they were used up on the way; those of parameters are in their arena.
     pub fn get(&self, var: &Var<'_>) -> Option<&Tensor> {
         self.gradients.get(var.slot?.0)?.as_ref()
+    }
+
+    pub(crate) fn take(&mut self, var: &Var<'_>) -> Option<Tensor> {
+        self.gradients.get_mut(var.slot?.0)?.take()
     }
 }
 
@@ -274,13 +320,17 @@ impl Sink<'_> {
     /// Adds a gradient for input `index`; ignored if that input needs none.
     ///
     /// # Errors
-    /// If its shape is not the input's.
+    /// If its shape or dtype is not the input's.
     pub fn add(&mut self, index: usize, gradient: Tensor) -> Result<()> {
         let Some(slot) = self.inputs[index] else { return Ok(()) };
         let state = &mut self.slots[slot.0];
         if *gradient.shape() != state.shape {
             let (expected, found) = (state.shape.clone(), gradient.shape().clone());
             return Err(AutogradError::GradientShape { op: self.op, input: index, expected, found });
+        }
+        if gradient.dtype() != state.dtype {
+            let (expected, found) = (state.dtype, gradient.dtype());
+            return Err(AutogradError::GradientDType { op: self.op, input: index, expected, found });
         }
         if let Some(parameter) = &state.parameter {
             return Ok(parameter.gradient.add_assign_scaled(1.0, &gradient)?);
@@ -297,7 +347,33 @@ impl Sink<'_> {
         Ok(())
     }
 
+    /// The parameter that input `index` is, if it is one.
+    pub(crate) fn parameter(&self, index: usize) -> Option<&Parameter> {
+        self.slots[self.inputs[index]?.0].parameter.as_ref()
+    }
+
+    /// Takes out what is gathered for input `index` so far, to be put back with [`replace`](Self::replace).
+    pub(crate) fn take(&mut self, index: usize) -> Option<Tensor> {
+        self.slots[self.inputs[index]?.0].gradient.take()
+    }
+
+    /// Puts a gradient in the place of what was taken out.
+    pub(crate) fn replace(&mut self, index: usize, gradient: Option<Tensor>) {
+        if let Some(slot) = self.inputs[index] {
+            self.slots[slot.0].gradient = gradient;
+        }
+    }
+
+    /// The first of the inputs that is the same variable as input `index`.
+    pub(crate) fn first_occurrence(&self, index: usize) -> usize {
+        let same = |slot: &Option<Slot>| slot.is_some() && *slot == self.inputs[index];
+        self.inputs.iter().position(same).unwrap_or(index)
+    }
+
     /// Adds an optional gradient, as backward kernels return them.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
     pub fn add_option(&mut self, index: usize, gradient: Option<Tensor>) -> Result<()> {
         gradient.map_or(Ok(()), |gradient| self.add(index, gradient))
     }
@@ -324,6 +400,9 @@ impl Sink<'_> {
     }
 
     /// Adds the matrix product `a b` as the gradient of input `index`, without a temporary; ignored if it needs none.
+    ///
+    /// # Errors
+    /// If the product has not the input's shape.
     pub fn add_matmul(&mut self, index: usize, a: &Tensor, b: &Tensor) -> Result<()> {
         if self.wants(index) {
             let buffer = self.buffer(index)?;

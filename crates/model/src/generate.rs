@@ -170,9 +170,13 @@ impl<'m> Generator<'m> {
     /// Chooses the next token from the current logits.
     ///
     /// # Errors
-    /// If the sampling options make no sense.
+    /// If the sampling options make no sense, or the model's logits are not finite.
     pub fn sample(&self, sampling: &Sampling, rng: &mut ChaCha8Rng) -> Result<u32> {
         sampling.validate()?;
+        if let Some((id, logit)) = self.logits.iter().enumerate().find(|(_, logit)| !logit.is_finite()) {
+            let at = self.len;
+            return Err(ModelError::Generate(format!("the logit of id {id} after {at} tokens is {logit}")));
+        }
         Ok(sampling.choose(&self.logits, rng))
     }
 

@@ -110,8 +110,23 @@ impl ModelConfig {
                 own.insert(ours.into(), found.clone());
             }
         }
+        // Newer writers put theta into an object; any other kind of it scales the angles.
+        if let Some(rope) = value.get("rope_parameters").filter(|v| !v.is_null()) {
+            let kind = rope.get("rope_type").and_then(Value::as_str).unwrap_or("default");
+            if kind != "default" {
+                return Err(wrong(format!("rope_parameters of type {kind:?} are not supported, only \"default\"")));
+            }
+            if let Some(theta) = rope.get("rope_theta") {
+                own.insert("rope_theta".into(), theta.clone());
+            }
+        }
         if kind == "llama" {
             own.insert("attention".into(), json!("softmax-rope"));
+            if let Some(std) = value.get("initializer_range").filter(|v| !v.is_null()) {
+                own.insert("init_std".into(), std.clone());
+            }
+            // Llama's own default, which is not ours.
+            own.entry("norm_eps").or_insert(json!(1e-6));
         } else {
             for key in OWN_KEYS {
                 if let Some(found) = value.get(key) {
@@ -155,6 +170,7 @@ mod tests {
             json!({"remainder": "bias", "head_norm": true, "num_kv_heads": 1, "head_dim": 6, "attention_scale": 0.1}),
             json!({"attention": "softmax-alibi", "tie_word_embeddings": true}),
             json!({"init": "mup", "mup_base_width": 8, "residual_multiplier": 0.22}),
+            json!({"attention": "softmax-rope", "init_std": 0.03, "norm_eps": 1e-6, "rope_theta": 500000.0}),
         ] {
             let original = config(extra);
             let back = ModelConfig::from_hugging_face(Path::new("config.json"), &original.to_hugging_face(64)).unwrap();
@@ -172,6 +188,17 @@ mod tests {
         let value = config(json!({"attention": "softmax-rope"})).to_hugging_face(64);
         assert_eq!(value["model_type"], "llama");
         assert!(OWN_KEYS.iter().all(|key| value.get(key).is_none()));
+    }
+
+    #[test]
+    fn rope_parameters_are_read_and_scaled_angles_refused() {
+        let mut value = config(json!({"attention": "softmax-rope"})).to_hugging_face(64);
+        value.as_object_mut().unwrap().remove("rope_theta");
+        value["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 500000.0});
+        assert_eq!(ModelConfig::from_hugging_face(Path::new("config.json"), &value).unwrap().rope_theta, 500_000.0);
+        value["rope_parameters"]["rope_type"] = json!("llama3");
+        let error = ModelConfig::from_hugging_face(Path::new("config.json"), &value).unwrap_err().to_string();
+        assert!(error.contains("llama3"), "{error}");
     }
 
     #[test]

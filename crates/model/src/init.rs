@@ -30,6 +30,9 @@ pub fn learning_rate_factor(config: &ModelConfig, name: &str) -> f64 {
 
 impl Transformer {
     /// Gives all parameters their first values: a function of the config, the names and `seed`.
+    ///
+    /// # Errors
+    /// If the arena's dtype is none that the device computes in.
     pub fn initialise(&self, seed: u64) -> Result<()> {
         for (entry, parameter) in self.arena().iter() {
             let dtype = parameter.value.dtype();

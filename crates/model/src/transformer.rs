@@ -44,9 +44,14 @@ impl Packing {
     /// One document of `tokens` tokens.
     ///
     /// # Errors
-    /// Never for a length that fits an i32.
+    /// If the length does not fit an i32.
     pub fn single(tokens: usize) -> Result<Self> {
-        Self::new(&[0, tokens as i32])
+        let end = i32::try_from(tokens).map_err(|_| ModelError::Config {
+            field: "cu_seqlens",
+            value: tokens.to_string(),
+            why: "a row has at most 2^31 - 1 tokens".into(),
+        })?;
+        Self::new(&[0, end])
     }
 
     /// Cumulative lengths.
@@ -138,6 +143,9 @@ impl BlockIds {
 
 impl Block {
     /// The block over a row of packed documents: x `[T, C]` to `[T, C]`.
+    ///
+    /// # Errors
+    /// If x has not as many rows as the documents have tokens, or not the model's width.
     pub fn forward<'t>(&self, x: &Var<'t>, packing: &Packing) -> Result<Var<'t>> {
         let settings = AttentionSettings::new(&self.config);
         self.forward_with(x, packing.positions(), &mut |q, k, v| settings.attend(q, k, v, packing.cu_seqlens()))
@@ -317,6 +325,9 @@ impl Transformer {
 
     /// Hidden states after the last norm: ids u32 `[T]` to `[T, C]`. With `recompute`, each block's activations are
     /// computed again in the backward pass instead of kept; the result is the same, bit for bit.
+    ///
+    /// # Errors
+    /// If an id is outside of the vocabulary, or there are not as many ids as the documents have tokens.
     pub fn hidden<'t>(&self, tape: &'t Tape, ids: &Tensor, packing: &Packing, recompute: bool) -> Result<Var<'t>> {
         let mut x = self.embed(tape, ids)?;
         for block in &self.blocks {
@@ -332,6 +343,9 @@ impl Transformer {
 
     /// The sum of the tokens' losses times `loss_scale`, as a scalar; labels i32 `[T]`, already shifted, -100 where
     /// nothing is predicted. One over the number of predicted tokens as scale makes it the mean, in nats.
+    ///
+    /// # Errors
+    /// As [`hidden`](Self::hidden), or if a label is neither an id nor -100.
     pub fn loss<'t>(
         &self,
         tape: &'t Tape,
@@ -347,6 +361,9 @@ impl Transformer {
     }
 
     /// The loss of each token in nats, `[T]`, 0 where nothing is predicted; no gradients.
+    ///
+    /// # Errors
+    /// As [`loss`](Self::loss).
     pub fn token_losses(&self, ids: &Tensor, labels: &Tensor, packing: &Packing) -> Result<Tensor> {
         let tape = Tape::without_gradients();
         let hidden = self.hidden(&tape, ids, packing, false)?;
@@ -355,6 +372,9 @@ impl Transformer {
     }
 
     /// Logits of hidden states: `[T, C]` to `[T, V]`.
+    ///
+    /// # Errors
+    /// If the width is not the model's.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let logits = hidden.matmul(&self.head.value.transpose(0, 1)?)?;
         let scale = self.config.logit_scale();

@@ -16,6 +16,7 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Which shard holds which tensor, as Hugging Face writes it.
 #[derive(Debug, Serialize, Deserialize)]
 struct ShardIndex {
+    #[serde(default)]
     metadata: BTreeMap<String, serde_json::Value>,
     weight_map: BTreeMap<String, String>,
 }
@@ -68,7 +69,8 @@ impl Transformer {
         Ok(files)
     }
 
-    /// Reads all parameters from a model folder (or one safetensors file), converting to the model's dtype.
+    /// Reads all parameters from a model folder (or one safetensors file), converting to the model's dtype. A head that is
+    /// stored beside the embedding that it is tied to is passed over.
     ///
     /// # Errors
     /// If a file is broken, or a name or shape is missing, unexpected or different; nothing is changed then.
@@ -124,7 +126,13 @@ fn read_tensors(path: &Path) -> Result<NamedTensors> {
         if shard.contains(['/', '\\']) || shard.starts_with('.') {
             return Err(wrong(format!("shard name {shard:?} is not a plain file name")));
         }
-        tensors.extend(io::load(&path.join(shard))?.tensors);
+        for (name, tensor) in io::load(&path.join(shard))?.tensors {
+            // Otherwise the order of the shards would decide which of two tensors of one name is taken.
+            if index.weight_map.get(&name) != Some(shard) {
+                return Err(wrong(format!("{shard} holds tensor {name:?}, which the index does not put there")));
+            }
+            tensors.insert(name, tensor);
+        }
     }
     for (name, shard) in &index.weight_map {
         if !tensors.contains_key(name) {

@@ -61,7 +61,7 @@ mod sealed {
 pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + fmt::Debug + bytemuck::Pod + 'static {
     /// The matching [`DType`].
     const DTYPE: DType;
-    /// Nearest value to a float64 (saturating for integers).
+    /// The value nearest to a float64, ties to even; an integer drops the fraction and saturates, NaN becomes 0.
     fn from_f64(x: f64) -> Self;
     /// The value as float64 (exact for every type here).
     fn to_f64(self) -> f64;
@@ -105,6 +105,21 @@ macro_rules! element {
 
 element!(f32, F32, |x| x as f32, |x: f32| f64::from(x));
 element!(f64, F64, |x| x, |x| x);
-element!(bf16, BF16, bf16::from_f64, |x: bf16| f64::from(x));
+element!(bf16, BF16, bf16_from_f64, |x: bf16| f64::from(x));
 element!(u32, U32, |x| x as u32, |x: u32| f64::from(x));
 element!(i32, I32, |x| x as i32, |x: i32| f64::from(x));
+
+/// Rounds to nearest even, once.
+///
+/// `bf16::from_f64` looks at the upper half of the float64 alone and so takes a number just above a tie for the tie. Here
+/// float32 is between, rounded to odd: its last bit remembers that something was cut off, which makes the second rounding
+/// right (Boldo and Melquiond, "When double rounding is odd", 2005).
+fn bf16_from_f64(x: f64) -> bf16 {
+    let nearest = x as f32;
+    let back = f64::from(nearest);
+    if back == x || x.is_nan() {
+        return bf16::from_f32(nearest);
+    }
+    let toward_zero = nearest.to_bits() - u32::from(back.abs() > x.abs());
+    bf16::from_f32(f32::from_bits(toward_zero | 1))
+}

@@ -100,13 +100,13 @@ impl View for &Bytes {
     }
 }
 
-/// The bytes of a safetensors file with these tensors; the same tensors give the same bytes.
+/// The bytes of a safetensors file with these tensors. The same tensors give the same bytes, as long as there is no more
+/// than one entry of metadata: the safetensors crate writes those in any order.
 ///
 /// # Errors
 /// If the tensors cannot be serialised.
 pub fn serialize(tensors: &NamedTensors, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
     let views: Vec<(&str, Bytes)> = tensors.iter().map(|(name, tensor)| (name.as_str(), to_bytes(tensor))).collect();
-    // The header's map is unordered in the safetensors crate: more than one entry would make the bytes vary.
     let metadata: Option<HashMap<String, String>> =
         (!metadata.is_empty()).then(|| metadata.clone().into_iter().collect());
     safetensors::serialize(views.iter().map(|(name, bytes)| (*name, bytes)), metadata).map_err(|e| {

@@ -9,9 +9,9 @@ use std::ops::Deref;
 pub struct Shape(Vec<usize>);
 
 impl Shape {
-    /// Number of elements: the product of all sizes, 1 for a scalar.
+    /// Number of elements: the product of all sizes, 1 for a scalar; `usize::MAX` if it is more than that.
     pub fn elements(&self) -> usize {
-        self.0.iter().product()
+        if self.0.contains(&0) { 0 } else { self.0.iter().fold(1, |product, &size| product.saturating_mul(size)) }
     }
 
     /// Number of dimensions.
@@ -25,12 +25,15 @@ impl Shape {
         let mut step = 1;
         for (stride, &size) in strides.iter_mut().zip(&self.0).rev() {
             *stride = step;
-            step *= size;
+            step = usize::saturating_mul(step, size);
         }
         strides
     }
 
     /// The shape both sides broadcast to (NumPy's rule: align at the last dimension; sizes agree or one of them is 1).
+    ///
+    /// # Errors
+    /// [`TensorError::ShapePair`] in the name of `op`, if there is none.
     pub fn broadcast(&self, other: &Shape, op: &'static str) -> Result<Shape> {
         let rank = self.rank().max(other.rank());
         let mut sizes = vec![0; rank];

@@ -154,7 +154,7 @@ impl Tensor {
     /// One value everywhere.
     pub fn full(value: f64, shape: impl Into<Shape>, dtype: DType) -> Self {
         let tensor = Self::zeros(shape, dtype);
-        for_any!(dtype, T => tensor.expect_write::<T>().fill(T::from_f64(value)));
+        for_any!(dtype, T => tensor.expect_write::<T>().fill(<T as Element>::from_f64(value)));
         tensor
     }
 
@@ -163,7 +163,8 @@ impl Tensor {
         Self::full(1.0, shape, dtype)
     }
 
-    /// Independent normal samples (Box-Muller over ChaCha8), the same on every platform for the same seed.
+    /// Independent normal samples (Box-Muller over ChaCha8): the same bits for the same seed on one platform, the same up
+    /// to the rounding of `ln`, `sin` and `cos` on all.
     ///
     /// # Errors
     /// If `dtype` is not a floating-point type.
@@ -188,7 +189,7 @@ impl Tensor {
         }
         samples.truncate(shape.elements());
         Ok(for_any!(dtype, T => {
-            Self::from_buffer(Buffer::from(samples.into_iter().map(T::from_f64).collect::<Vec<_>>()), shape)
+            Self::from_buffer(Buffer::from(samples.into_iter().map(<T as Element>::from_f64).collect::<Vec<_>>()), shape)
         }))
     }
 
@@ -249,7 +250,7 @@ impl Tensor {
             if size != 1 && stride != step {
                 return false;
             }
-            step *= size;
+            step = usize::saturating_mul(step, size);
         }
         true
     }
@@ -371,7 +372,7 @@ impl Tensor {
         Tensor { storage: Arc::clone(&self.storage), dtype: self.dtype, shape, strides, offset }
     }
 
-    /// The same elements in another shape: a view where the layout allows, else a copy.
+    /// The same elements, row-major, in another shape: a view of a contiguous tensor, a copy of any other.
     ///
     /// # Errors
     /// If the number of elements differs.
@@ -429,7 +430,9 @@ impl Tensor {
         }
         let mut sizes = self.shape.to_vec();
         sizes[dimension] = len;
-        Ok(self.view(sizes, self.strides.clone(), self.offset + start * self.strides[dimension]))
+        let narrowed = self.view(sizes, self.strides.clone(), self.offset + start * self.strides[dimension]);
+        // An empty view may start anywhere, past the end of its storage too.
+        Ok(if narrowed.elements() == 0 { Tensor { offset: self.offset, ..narrowed } } else { narrowed })
     }
 
     /// Inserts a dimension of size 1. A view.
@@ -502,7 +505,8 @@ impl Tensor {
         for_any!(self.dtype, S => for_any!(dtype, T => {
             let from = source.read::<S>().expect("S is the tensor's dtype");
             for (to, from) in out.expect_write::<T>().iter_mut().zip(from.iter()) {
-                *to = T::from_f64(from.to_f64());
+                // Not `T::from_f64`: here T is a name for bf16, whose own method of that name rounds ties wrongly.
+                *to = <T as Element>::from_f64(Element::to_f64(*from));
             }
         }));
         out

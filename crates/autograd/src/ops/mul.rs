@@ -1,4 +1,5 @@
-//! Product with broadcasting: `y = a b`, so `da = dy b` and `db = dy a`, summed where repeated. Each factor is saved only if the other one needs a gradient.
+//! Product with broadcasting: `y = a b`, so `da = dy b` and `db = dy a`, summed where repeated. Each factor is
+//! saved only if the other one needs a gradient.
 
 use crate::error::Result;
 use crate::gradcheck::Case;

@@ -148,8 +148,13 @@ pub fn stick_breaking_backward(
     same_dtype(OP, "output gradient", q.dtype(), output_gradient)?;
     let spec = spec(&operands.layout, settings);
     let output_gradient = output_gradient.contiguous();
+    let (tokens, heads) = (operands.layout.tokens, operands.layout.query_heads);
+    if let Some(rem_gradient) = rem_gradient {
+        expect_shape(OP, "remainder gradient", rem_gradient, &[tokens, heads])?;
+        same_dtype(OP, "remainder gradient", q.dtype(), rem_gradient)?;
+    }
     let rem_gradient = rem_gradient.map(Tensor::contiguous);
-    let rows = operands.layout.tokens * operands.layout.query_heads;
+    let (elements, rows) = (q.elements(), tokens * heads);
     let [dq, dk, dv] = operands.gradients();
     for_float!(OP, q.dtype(), T => {
         let (q, k, v) = (operands.q.read::<T>()?, operands.k.read::<T>()?, operands.v.read::<T>()?);
@@ -158,7 +163,7 @@ pub fn stick_breaking_backward(
         let inputs = AttentionInputs { q: &q, k: &k, v: &v, cu_seqlens };
         let gradients = AttentionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
         let drem = drem.as_ref().map(|t| &t[..rows]);
-        Ok(stick_breaking::cpu::backward(&spec, &inputs, &d_o, drem, saved, gradients)?)
+        Ok(stick_breaking::cpu::backward(&spec, &inputs, &d_o[..elements], drem, saved, gradients)?)
     })?;
     Ok([dq, dk, dv])
 }
@@ -207,9 +212,11 @@ pub fn softmax_backward(
     let operands = Operands::new(OP, q, k, v)?;
     expect_shape(OP, "output gradient", output_gradient, q.shape())?;
     same_dtype(OP, "output gradient", q.dtype(), output_gradient)?;
-    let output_gradient = output_gradient.contiguous();
+    expect_shape(OP, "output", o, q.shape())?;
+    expect_shape(OP, "log of sums", lse, &[operands.layout.tokens, operands.layout.query_heads])?;
+    let (o, lse, output_gradient) = (o.contiguous(), lse.contiguous(), output_gradient.contiguous());
     let spec = softmax_spec(&operands.layout, settings);
-    let (elements, rows) = (q.elements(), operands.layout.tokens * operands.layout.query_heads);
+    let (elements, rows) = (q.elements(), lse.elements());
     let [dq, dk, dv] = operands.gradients();
     for_float!(OP, q.dtype(), T => {
         let (q, k, v) = (operands.q.read::<T>()?, operands.k.read::<T>()?, operands.v.read::<T>()?);

@@ -8,6 +8,9 @@ use stickbreak_kernels::elementwise::{Strided, cpu};
 
 impl Tensor {
     /// Applies a function to every element.
+    ///
+    /// # Errors
+    /// If the dtype is not a float that the device computes in.
     pub fn unary(&self, op: UnaryOp) -> Result<Tensor> {
         let out = Tensor::empty(self.shape(), self.dtype());
         for_float!("unary", self.dtype(), T => {
@@ -19,6 +22,9 @@ impl Tensor {
     }
 
     /// Combines two tensors element by element, broadcasting both to one shape.
+    ///
+    /// # Errors
+    /// If the shapes do not broadcast or the dtypes differ.
     pub fn binary(&self, op: BinaryOp, other: &Tensor) -> Result<Tensor> {
         let name = match op {
             BinaryOp::Add => "add",
@@ -40,26 +46,41 @@ impl Tensor {
     }
 
     /// Sum, with broadcasting.
+    ///
+    /// # Errors
+    /// As [`binary`](Self::binary).
     pub fn add(&self, other: &Tensor) -> Result<Tensor> {
         self.binary(BinaryOp::Add, other)
     }
 
     /// Difference, with broadcasting.
+    ///
+    /// # Errors
+    /// As [`binary`](Self::binary).
     pub fn sub(&self, other: &Tensor) -> Result<Tensor> {
         self.binary(BinaryOp::Subtract, other)
     }
 
     /// Product, with broadcasting.
+    ///
+    /// # Errors
+    /// As [`binary`](Self::binary).
     pub fn mul(&self, other: &Tensor) -> Result<Tensor> {
         self.binary(BinaryOp::Multiply, other)
     }
 
     /// Quotient, with broadcasting.
+    ///
+    /// # Errors
+    /// As [`binary`](Self::binary).
     pub fn div(&self, other: &Tensor) -> Result<Tensor> {
         self.binary(BinaryOp::Divide, other)
     }
 
     /// `scale * self + shift`.
+    ///
+    /// # Errors
+    /// As [`unary`](Self::unary).
     pub fn affine(&self, scale: f64, shift: f64) -> Result<Tensor> {
         self.unary(UnaryOp::Affine { scale, shift })
     }
@@ -82,6 +103,9 @@ impl Tensor {
     }
 
     /// Sets every element of a contiguous tensor, in place.
+    ///
+    /// # Errors
+    /// If it is not contiguous or not a float.
     pub fn fill_assign(&self, value: f64) -> Result<()> {
         for_float!("fill_assign", self.dtype(), T => {
             self.write::<T>()?.fill(T::from_f64(value));
@@ -90,6 +114,9 @@ impl Tensor {
     }
 
     /// Multiplies every element of a contiguous tensor, in place.
+    ///
+    /// # Errors
+    /// If it is not contiguous or not a float.
     pub fn scale_assign(&self, factor: f64) -> Result<()> {
         for_float!("scale_assign", self.dtype(), T => {
             cpu::scale_in_place(T::from_f64(factor), &mut self.write::<T>()?);
@@ -100,7 +127,7 @@ impl Tensor {
     /// Copies `x` into this contiguous tensor, in place.
     ///
     /// # Errors
-    /// If the shapes or dtypes differ, or `x` shares this tensor's storage.
+    /// If the shapes or dtypes differ, this tensor is not contiguous, or `x` shares its storage.
     pub fn copy_assign(&self, x: &Tensor) -> Result<()> {
         const OP: &str = "copy_assign";
         same_dtype(OP, "x", self.dtype(), x)?;

@@ -35,6 +35,9 @@ fn rows_of(op: &'static str, x: &Tensor) -> Result<(usize, usize)> {
 
 /// Root-mean-square norm over the last dimension, `x / sqrt(mean(x^2) + epsilon) * weight` (arXiv 1910.07467).
 /// x `[.., C]`, weight `[C]`; returns the output and the inverse root mean squares `[rows]`.
+///
+/// # Errors
+/// If shapes or dtypes do not fit.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<(Tensor, Tensor)> {
     const OP: &str = "rms_norm";
     let (rows, width) = rows_of(OP, x)?;
@@ -53,6 +56,9 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<(Tensor, Te
 }
 
 /// Gradients of [`rms_norm`] with respect to x and weight.
+///
+/// # Errors
+/// If shapes or dtypes do not fit.
 pub fn rms_norm_backward(
     x: &Tensor,
     weight: &Tensor,
@@ -63,6 +69,8 @@ pub fn rms_norm_backward(
 ) -> Result<[Option<Tensor>; 2]> {
     const OP: &str = "rms_norm_backward";
     let (rows, width) = rows_of(OP, x)?;
+    expect_shape(OP, "weight", weight, &[width])?;
+    expect_shape(OP, "inverse_rms", inverse_rms, &[rows])?;
     expect_shape(OP, "dout", dout, x.shape())?;
     same_dtype(OP, "dout", x.dtype(), dout)?;
     let (x, weight, dout) = (x.contiguous(), weight.contiguous(), dout.contiguous());
@@ -101,6 +109,9 @@ fn head_norm_spec(op: &'static str, x: &Tensor, epsilon: f64) -> Result<group_no
 }
 
 /// GroupNorm with one group a head: x `[T, H, D]`, weight and bias `[H * D]`, biased variance over the D entries.
+///
+/// # Errors
+/// If shapes or dtypes do not fit.
 pub fn head_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<(Tensor, HeadNormSaved)> {
     const OP: &str = "head_norm";
     let spec = head_norm_spec(OP, x, epsilon)?;
@@ -123,6 +134,9 @@ pub fn head_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Re
 }
 
 /// Gradients of [`head_norm`] with respect to x, weight and bias.
+///
+/// # Errors
+/// If shapes or dtypes do not fit.
 pub fn head_norm_backward(
     x: &Tensor,
     weight: &Tensor,
@@ -133,6 +147,8 @@ pub fn head_norm_backward(
 ) -> Result<[Option<Tensor>; 3]> {
     const OP: &str = "head_norm_backward";
     let spec = head_norm_spec(OP, x, epsilon)?;
+    expect_shape(OP, "weight", weight, &[spec.heads * spec.head_dim])?;
+    expect_shape(OP, "saved mean", &saved.mean, &[spec.tokens, spec.heads])?;
     expect_shape(OP, "dout", dout, x.shape())?;
     same_dtype(OP, "dout", x.dtype(), dout)?;
     let (x, weight, dout) = (x.contiguous(), weight.contiguous(), dout.contiguous());
@@ -156,6 +172,9 @@ pub fn head_norm_backward(
 // ---------------------------------------------------------------------------------------------- SwiGLU
 
 /// `silu(gate) * up` for two tensors of one shape (arXiv 2002.05202).
+///
+/// # Errors
+/// If shapes or dtypes do not fit.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     const OP: &str = "swiglu";
     same_dtype(OP, "up", gate.dtype(), up)?;
@@ -171,8 +190,13 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 }
 
 /// Gradients of [`swiglu`] with respect to gate and up.
+///
+/// # Errors
+/// If shapes or dtypes do not fit.
 pub fn swiglu_backward(gate: &Tensor, up: &Tensor, dout: &Tensor, wanted: Wanted<2>) -> Result<[Option<Tensor>; 2]> {
     const OP: &str = "swiglu_backward";
+    same_dtype(OP, "up", gate.dtype(), up)?;
+    expect_shape(OP, "up", up, gate.shape())?;
     expect_shape(OP, "dout", dout, gate.shape())?;
     same_dtype(OP, "dout", gate.dtype(), dout)?;
     let (gate, up, dout) = (gate.contiguous(), up.contiguous(), dout.contiguous());
@@ -191,6 +215,9 @@ pub fn swiglu_backward(gate: &Tensor, up: &Tensor, dout: &Tensor, wanted: Wanted
 
 /// Rotary position embedding (arXiv 2104.09864, dimension d paired with d + D/2): x `[T, H, D]`, positions u32 `[T]`.
 /// `inverse` rotates back, which is also the backward pass.
+///
+/// # Errors
+/// If shapes or dtypes do not fit, or D is odd.
 pub fn rope(x: &Tensor, positions: &Tensor, theta: f64, inverse: bool) -> Result<Tensor> {
     const OP: &str = "rope";
     let [tokens, heads, head_dim] = x.shape()[..] else {
@@ -226,6 +253,9 @@ fn embedding_spec(op: &'static str, ids: &Tensor, table: &Tensor) -> Result<embe
 }
 
 /// Rows of a table: ids u32 `[T]`, table `[V, C]`, output `[T, C]`.
+///
+/// # Errors
+/// If shapes or dtypes do not fit, or an id is outside of the table.
 pub fn embedding(ids: &Tensor, table: &Tensor) -> Result<Tensor> {
     const OP: &str = "embedding";
     let spec = embedding_spec(OP, ids, table)?;
@@ -240,6 +270,9 @@ pub fn embedding(ids: &Tensor, table: &Tensor) -> Result<Tensor> {
 }
 
 /// Gradient of [`embedding`] with respect to the table, *added* to the contiguous `dtable`.
+///
+/// # Errors
+/// If shapes or dtypes do not fit, an id is outside of the table, or `dtable` shares its storage with `dout`.
 pub fn embedding_backward_into(ids: &Tensor, dout: &Tensor, dtable: &Tensor) -> Result<()> {
     const OP: &str = "embedding_backward";
     let spec = embedding_spec(OP, ids, dtable)?;
@@ -273,6 +306,9 @@ pub struct LinearCrossEntropy {
 /// The output projection and the cross-entropy in one op, in chunks of tokens, so that the logits of all tokens never
 /// exist at once: `logits = logit_scale * hidden weight^T`, hidden `[T, C]`, weight `[V, C]`, labels i32 `[T]`.
 /// The gradients are computed in the same pass, while a chunk's logits are there.
+///
+/// # Errors
+/// If shapes or dtypes do not fit, or a label is neither an id nor [`IGNORE_INDEX`].
 pub fn linear_cross_entropy(
     hidden: &Tensor,
     weight: &Tensor,
@@ -316,6 +352,9 @@ pub fn linear_cross_entropy(
 
 /// One AdamW step over a range of the flat arenas, in place (arXiv 1711.05101; the exact rule is in
 /// [`stickbreak_kernels::adamw`]).
+///
+/// # Errors
+/// If shapes or dtypes differ, or two of the tensors share their storage.
 pub fn adamw_step(
     spec: &AdamW,
     params: &Tensor,
