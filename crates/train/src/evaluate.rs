@@ -75,14 +75,18 @@ impl BatchTensors {
 /// Tokens that go through the model at once in an evaluation, unless one window is longer.
 const TOKENS_AT_ONCE: usize = 8192;
 
-/// The loss on the first `max_tokens` tokens of a stream in windows of the loader's length; `None` if `stop` was set
-/// meanwhile.
+/// The loss on a fixed sample of `max_tokens` tokens, spread over the stream (or on the whole stream), in windows of the
+/// loader's length; `None` if `stop` was set meanwhile.
 ///
 /// # Errors
 /// If tokens cannot be read or the model cannot run.
 pub fn loss(model: &Transformer, loader: &Loader, max_tokens: Option<u64>, stop: &StopFlag) -> Result<Option<LossSum>> {
     let mut sum = LossSum { text_bytes: Some(0), ..LossSum::default() };
-    let finished = for_each_loss(model, loader, max_tokens, stop, |batch, losses| {
+    let batches: Batches<'_> = match max_tokens.filter(|&tokens| tokens < loader.stream().len()) {
+        Some(tokens) => Box::new(loader.spread(windows_at_once(loader), loader.sequence_length(), tokens)?),
+        None => Box::new(loader.sequential(windows_at_once(loader), None)),
+    };
+    let finished = for_each_loss(model, batches, stop, |batch, losses| {
         sum.nats += losses.iter().sum::<f64>();
         sum.tokens += batch.valid_tokens as u64;
         sum.text_bytes = sum.text_bytes.zip(batch.text_bytes).map(|(a, b)| a + b);
@@ -90,16 +94,20 @@ pub fn loss(model: &Transformer, loader: &Loader, max_tokens: Option<u64>, stop:
     Ok(finished.then_some(sum))
 }
 
+type Batches<'a> = Box<dyn Iterator<Item = crate::data::Result<Batch>> + 'a>;
+
+fn windows_at_once(loader: &Loader) -> usize {
+    (TOKENS_AT_ONCE / loader.sequence_length()).max(1)
+}
+
 /// Calls `each` with every batch and its tokens' losses; false if stopped before the end.
 fn for_each_loss(
     model: &Transformer,
-    loader: &Loader,
-    max_tokens: Option<u64>,
+    batches: Batches<'_>,
     stop: &StopFlag,
     mut each: impl FnMut(&Batch, &[f64]),
 ) -> Result<bool> {
-    let windows = (TOKENS_AT_ONCE / loader.sequence_length()).max(1);
-    for batch in loader.sequential(windows, max_tokens) {
+    for batch in batches {
         if stop.is_set() {
             return Ok(false);
         }
@@ -135,12 +143,16 @@ pub fn length_extrapolation(
     };
     let buckets = position_buckets(longest);
     let mut sums = vec![LossSum::default(); buckets.len()];
-    // The same tokens for every length: whole windows of the longest.
-    let tokens = (max_tokens / longest as u64).max(1) * longest as u64;
     for &length in lengths {
         let loader = open(length)?;
         let mut total = LossSum::default();
-        let finished = for_each_loss(model, &loader, Some(tokens), stop, |batch, losses| {
+        // The same tokens for every length: blocks of the longest, spread over the text.
+        let batches: Batches<'_> = if longest.is_multiple_of(length) {
+            Box::new(loader.spread(windows_at_once(&loader), longest, max_tokens)?)
+        } else {
+            bail!("context length {length} does not divide the longest one, {longest}, so the texts would differ");
+        };
+        let finished = for_each_loss(model, batches, stop, |batch, losses| {
             total.nats += losses.iter().sum::<f64>();
             total.tokens += batch.valid_tokens as u64;
             if length == longest {

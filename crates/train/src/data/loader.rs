@@ -127,6 +127,44 @@ impl Loader {
         })
     }
 
+    /// A fixed sample of the stream for validation: whole blocks of `block` tokens (a multiple of the sequence length),
+    /// evenly spaced over it, `max_tokens` in all and at least one block; `count` windows to a batch. A stream's first
+    /// tokens may be a single document, which says little about the rest.
+    ///
+    /// Fails when the stream does not fill one block.
+    pub fn spread(
+        &self,
+        count: usize,
+        block: usize,
+        max_tokens: u64,
+    ) -> Result<impl Iterator<Item = Result<Batch>> + '_> {
+        let (block, length) = (block as u64, self.sequence_length);
+        if block == 0 || !block.is_multiple_of(length) {
+            return Err(batch_size(block, length));
+        }
+        if self.stream.len() < block {
+            let (split, tokens) = (self.stream.name().to_string(), self.stream.len());
+            return Err(DataError::SequenceTooLong { split, sequence_length: block, tokens });
+        }
+        let blocks = self.stream.len() / block;
+        let chosen = (max_tokens / block).clamp(1, blocks);
+        let first = (0..chosen).map(move |i| (i as u128 * blocks as u128 / chosen as u128) as u64 * block);
+        let windows: Vec<u64> = first.flat_map(|start| (start..start + block).step_by(length as usize)).collect();
+        let batches: Vec<Vec<u64>> = windows.chunks(count.max(1)).map(<[u64]>::to_vec).collect();
+        Ok(batches.into_iter().map(move |starts| {
+            let tokens = starts.len() as u64 * length;
+            if tokens > i32::MAX as u64 {
+                return Err(batch_size(starts.len() as u64, length));
+            }
+            let mut batch = Batch::with_capacity(tokens as usize, self.stream.token_lengths.is_some());
+            for start in starts {
+                self.append_window(&mut batch, start, length)?;
+            }
+            batch.cu_seqlens.push(tokens as i32);
+            Ok(batch)
+        }))
+    }
+
     fn append_window(&self, batch: &mut Batch, start: u64, length: u64) -> Result<()> {
         // One token more than the window, where there is one: the last label.
         let tokens = self.stream.read(start..self.stream.len().min(start + length + 1))?;
