@@ -128,8 +128,14 @@ fn main_job() -> Result<()> {
     };
     let folder = run.to_string_lossy();
     let data = format!("data.folder={folder}-data");
-    let small = ["--steps", "6", "--set", "evaluation.tokens=8192", "--set", "sample.tokens=20", "--set", &data];
-    check(stickbreak(&["train", "--out", &folder]).args(small))?;
+    let small = [
+        ["--steps", "6"],
+        ["--set", "evaluation.tokens=8192"],
+        ["--set", "evaluation.length_tokens=4096"],
+        ["--set", "sample.tokens=20"],
+        ["--set", &data],
+    ];
+    check(stickbreak(&["train", "--out", &folder]).args(small.concat()))?;
     check(&mut stickbreak(&["generate", &folder, "--tokens", "20", "--prompt", "fn main"]))?;
     check(&mut stickbreak(&["eval", &folder, "--data", "README.md", "--length", "128"]))?;
     check(&mut stickbreak(&["report", &folder]))?;

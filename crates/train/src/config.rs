@@ -399,6 +399,12 @@ impl RunConfig {
         if self.evaluation.lengths.contains(&0) {
             bail!("evaluation.lengths = {:?} must be 1 or more", self.evaluation.lengths);
         }
+        let longest = self.evaluation.lengths.iter().max().copied().unwrap_or(0);
+        if let Some(length) = self.evaluation.lengths.iter().find(|&&length| !longest.is_multiple_of(length)) {
+            bail!(
+                "evaluation.lengths: {length} must divide the longest one, {longest}, to be measured on the same text"
+            );
+        }
         let non_negative = [
             ("optimizer.learning_rate", self.optimizer.learning_rate),
             ("optimizer.weight_decay", self.optimizer.weight_decay),
