@@ -198,3 +198,18 @@ fn prefetch_hands_on_errors_and_ends() {
     assert!(error.contains("token 999 at position 9"), "{error}");
     assert!(prefetch.next_batch().is_err());
 }
+
+#[test]
+fn a_sample_is_spread_evenly_in_whole_blocks_and_always_the_same() {
+    let loader = loader(numbered(40), 4, None);
+    let sample = |block, tokens| -> Vec<u32> {
+        loader.spread(3, block, tokens).unwrap().flat_map(|batch| numbers(&batch.unwrap())).collect()
+    };
+    assert_eq!(sample(4, 16), [0, 10, 20, 30]);
+    assert_eq!(sample(8, 16), [0, 1, 20, 21], "blocks of two windows");
+    assert_eq!(sample(4, 1), [0], "at least one block");
+    assert_eq!(sample(4, 10_000), (0..40).collect::<Vec<_>>(), "at most everything");
+    assert!(loader.spread(1, 6, 16).is_err(), "6 is no multiple of 4");
+    let message = loader.spread(1, 400, 400).err().unwrap().to_string();
+    assert!(message.contains("400") && message.contains("160"), "{message}");
+}
