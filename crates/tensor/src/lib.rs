@@ -1,7 +1,7 @@
 //! Tensors of stickbreak: an n-dimensional view of shared storage, and ops that validate shapes and dispatch to
 //! [`stickbreak_kernels`].
 //!
-//! * [`Tensor`] is cheap to clone: clones and views share one [`Storage`] by reference.
+//! * [`Tensor`] is cheap to clone: clones and views share one [`storage::Storage`] by reference.
 //! * Ops return new tensors; the few that write in place end in `_assign` or `_into` and refuse inputs that share the
 //!   storage they write to.
 //! * Every error names the op and both shapes.

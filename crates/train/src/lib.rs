@@ -3,7 +3,7 @@
 //! * [`config`] is a run in one TOML file; [`data`] turns text into windows of tokens; [`trainer`] is the loop.
 //! * [`checkpoint`] saves and restores atomically, [`metrics`] and [`report`] show what happened, [`signal`] stops.
 //! * [`evaluate`] measures losses, also at other context lengths; [`inspect`] looks into the attention.
-//! * [`verify`] checks this build against golden vectors, [`bench`] times it, [`doctor`] says what the machine has.
+//! * [`verify`] checks this build against golden vectors, [`mod@bench`] times it, [`doctor`] says what the machine has.
 //! * [`cli`] is the binary `stickbreak` over all of it.
 
 pub mod bench;

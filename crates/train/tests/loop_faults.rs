@@ -108,7 +108,8 @@ fn kill_in_second_save(whole: &Path) -> u64 {
 #[test]
 fn skipping_gives_up_after_ten_in_a_row() {
     let workspace = Workspace::new();
-    let config = workspace.config(&["train.non_finite=skip", "checkpoint.every=0", "train.steps=30"]);
+    let changes = ["train.non_finite=skip", "checkpoint.every=0", "sample.every=0", "train.steps=30"];
+    let config = workspace.config(&changes);
     let run = workspace.path("run");
     let mut trainer = Trainer::open(config, &run, StopFlag::new()).unwrap();
     poison(&trainer, "model.embed_tokens.weight", 0, 257);

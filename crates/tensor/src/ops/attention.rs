@@ -127,7 +127,7 @@ fn spec(layout: &AttentionLayout, settings: StickBreakingSettings) -> StickBreak
     }
 }
 
-/// Gradients of [`stick_breaking`] with respect to q, k and v, given those of o and, if it was used, of rem.
+/// Gradients of [`stick_breaking()`] with respect to q, k and v, given those of o and, if it was used, of rem.
 ///
 /// # Errors
 /// If shapes, dtypes or document offsets do not fit, or `saved` is another call's.
@@ -196,7 +196,7 @@ fn softmax_spec(layout: &AttentionLayout, settings: &SoftmaxSettings) -> Softmax
     SoftmaxSpec { layout: *layout, scale: settings.scale, alibi: settings.alibi_slopes.clone() }
 }
 
-/// Gradients of [`softmax`] with respect to q, k and v.
+/// Gradients of [`softmax()`] with respect to q, k and v.
 ///
 /// # Errors
 /// If shapes, dtypes or document offsets do not fit.

@@ -55,7 +55,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<(Tensor, Te
     Ok((out, inverse_rms))
 }
 
-/// Gradients of [`rms_norm`] with respect to x and weight.
+/// Gradients of [`rms_norm()`] with respect to x and weight.
 ///
 /// # Errors
 /// If shapes or dtypes do not fit.
@@ -89,7 +89,7 @@ pub fn rms_norm_backward(
 
 // ---------------------------------------------------------------------------------------------- per-head GroupNorm
 
-/// What [`head_norm`] saves for its backward pass: mean and inverse standard deviation, each `[tokens, heads]`.
+/// What [`head_norm()`] saves for its backward pass: mean and inverse standard deviation, each `[tokens, heads]`.
 #[derive(Debug, Clone)]
 pub struct HeadNormSaved {
     mean: Tensor,
@@ -133,7 +133,7 @@ pub fn head_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Re
     Ok((out, HeadNormSaved { mean, inverse_std }))
 }
 
-/// Gradients of [`head_norm`] with respect to x, weight and bias.
+/// Gradients of [`head_norm()`] with respect to x, weight and bias.
 ///
 /// # Errors
 /// If shapes or dtypes do not fit.
@@ -189,7 +189,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// Gradients of [`swiglu`] with respect to gate and up.
+/// Gradients of [`swiglu()`] with respect to gate and up.
 ///
 /// # Errors
 /// If shapes or dtypes do not fit.
@@ -269,7 +269,7 @@ pub fn embedding(ids: &Tensor, table: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// Gradient of [`embedding`] with respect to the table, *added* to the contiguous `dtable`.
+/// Gradient of [`embedding()`] with respect to the table, *added* to the contiguous `dtable`.
 ///
 /// # Errors
 /// If shapes or dtypes do not fit, an id is outside of the table, or `dtable` shares its storage with `dout`.
@@ -289,10 +289,10 @@ pub fn embedding_backward_into(ids: &Tensor, dout: &Tensor, dtable: &Tensor) -> 
 
 // ---------------------------------------------------------------------------------------------- cross-entropy
 
-/// Tokens whose logits are held at once by [`linear_cross_entropy`]: enough rows for an efficient matrix product.
+/// Tokens whose logits are held at once by [`linear_cross_entropy()`]: enough rows for an efficient matrix product.
 const CROSS_ENTROPY_CHUNK: usize = 512;
 
-/// What [`linear_cross_entropy`] returns.
+/// What [`linear_cross_entropy()`] returns.
 #[derive(Debug, Clone)]
 pub struct LinearCrossEntropy {
     /// `-ln softmax(logits_t)[labels_t]` in nats, 0 where the label is [`IGNORE_INDEX`]: `[T]`.
