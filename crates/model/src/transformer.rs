@@ -2,9 +2,11 @@
 //!
 //! All tokens of a step stand in one row, `[T, C]`; [`Packing`] says where each document starts. With h = RMSNorm(x):
 //!
-//!     x += residual_multiplier * W_o head_norm(attention(W_q h, W_k h, W_v h))
-//!     x += residual_multiplier * W_down (silu(W_gate h) * W_up h)
-//!     logits = logit_scale * W_head RMSNorm(x)
+//! ```text
+//! x += residual_multiplier * W_o head_norm(attention(W_q h, W_k h, W_v h))
+//! x += residual_multiplier * W_down (silu(W_gate h) * W_up h)
+//! logits = logit_scale * W_head RMSNorm(x)
+//! ```
 
 use crate::config::{AttentionKind, ModelConfig, Remainder};
 use crate::error::{ModelError, Result};
