@@ -107,7 +107,7 @@ pub struct ModelConfig {
     /// Standard deviation of the initial weights.
     #[serde(default = "default_init_std")]
     pub init_std: f64,
-    /// Width at which muP and the plain parametrisation agree.
+    /// Width at which muP and the plain parametrisation agree, but for the attention scale, which muP always takes as 1/D.
     #[serde(default)]
     pub mup_base_width: Option<usize>,
 }
