@@ -170,10 +170,10 @@ DEVICE void group_backward(const T* x, const P* weight, const float* mean, const
         group_backward<T, P, W, N>(x, weight, mean, inverse_std, dout, dx, dweight, dbias, tokens, heads, head_dim,       \
                                    inverse_dim, heads_here, group);                                                      \
     }
-// Wide: one unit of 16 bytes of x a thread. Narrow: any width up to 1024, any address.
+// Wide: one unit of 16 bytes of x a thread. Narrow: any head up to 512, any address.
 GROUP_NORM(f32_f32, float, float, 4, 1)
 GROUP_NORM(bf16_f32, bf16, float, 8, 1)
 GROUP_NORM(bf16_bf16, bf16, bf16, 8, 1)
-GROUP_NORM(f32_f32_narrow, float, float, 1, 32)
-GROUP_NORM(bf16_f32_narrow, bf16, float, 1, 32)
-GROUP_NORM(bf16_bf16_narrow, bf16, bf16, 1, 32)
+GROUP_NORM(f32_f32_narrow, float, float, 1, 16)
+GROUP_NORM(bf16_f32_narrow, bf16, float, 1, 16)
+GROUP_NORM(bf16_bf16_narrow, bf16, bf16, 1, 16)
