@@ -202,7 +202,7 @@ SUM_PARTIAL(sum_of_squares_partial_f32, float, true)
 SUM_PARTIAL(sum_of_squares_partial_bf16, bf16, true)
 
 // out[0] = factor * sum of the partials; one block.
-KERNEL(256) sum_final(const double* partials, u32 count, float factor, float* out) {
+KERNEL(256) sum_final(const double* partials, u32 count, double factor, float* out) {
     double sum = 0.0;
     for (u32 i = threadIdx.x; i < count; i += 256) sum += partials[i];
     sum = block_sum_256(sum);
