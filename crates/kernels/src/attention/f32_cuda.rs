@@ -60,7 +60,7 @@ struct Chunk {
 pub(crate) type Inputs<'a> = [DeviceRef<'a>; 3];
 
 /// dq, dk, dv, contiguous.
-pub(crate) type Gradients<'a, 'b> = [&'a mut DeviceMut<'b>; 3];
+pub(crate) type Gradients<'a> = [DeviceMut<'a>; 3];
 
 /// The tile list, and its cut into chunks of at most `most` pairs (but at least one query tile).
 fn cut(documents: &[Range<usize>], tile: usize, most: usize) -> (Vec<i32>, Vec<Chunk>) {
@@ -226,7 +226,7 @@ impl Plan {
         d_o: DeviceRef<'_>,
         d_rem: Option<DeviceRef<'_>>,
         first_key_tiles: Option<DeviceRef<'_>>,
-        [dq, dk, dv]: Gradients<'_, '_>,
+        [mut dq, mut dk, mut dv]: Gradients<'_>,
     ) -> Result<()> {
         let layout = &self.layout;
         let pairs = self.chunks.iter().map(|chunk| chunk.pairs).max().unwrap_or(0);
@@ -247,7 +247,7 @@ impl Plan {
                 Arg::optional(first_key_tiles),
                 (&mut sticks.as_mut()).into(),
                 (&mut deltas.as_mut()).into(),
-                (&mut *dq).into(),
+                (&mut dq).into(),
                 list,
                 (self.tiles as i32).into(),
                 first.into(),
@@ -264,8 +264,8 @@ impl Plan {
                 Arg::optional(first_key_tiles),
                 sticks.as_ref().into(),
                 deltas.as_ref().into(),
-                (&mut *dk).into(),
-                (&mut *dv).into(),
+                (&mut dk).into(),
+                (&mut dv).into(),
                 list,
                 (self.tiles as i32).into(),
                 first.into(),
@@ -306,7 +306,7 @@ impl Plan {
         o: DeviceRef<'_>,
         lse: DeviceRef<'_>,
         d_o: DeviceRef<'_>,
-        [dq, dk, dv]: Gradients<'_, '_>,
+        [mut dq, mut dk, mut dv]: Gradients<'_>,
     ) -> Result<()> {
         let layout = &self.layout;
         let mut means = queue.scratch(DeviceType::F32, layout.tokens * layout.query_heads)?;
@@ -321,7 +321,7 @@ impl Plan {
             lse.into(),
             d_o.into(),
             (&mut means.as_mut()).into(),
-            dq.into(),
+            (&mut dq).into(),
             list,
         ];
         arguments.extend(self.sizes());
@@ -335,8 +335,8 @@ impl Plan {
             lse.into(),
             means.as_ref().into(),
             d_o.into(),
-            dk.into(),
-            dv.into(),
+            (&mut dk).into(),
+            (&mut dv).into(),
             list,
         ];
         arguments.extend(self.sizes());

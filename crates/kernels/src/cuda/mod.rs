@@ -27,5 +27,8 @@ pub use view::{DeviceElement, DeviceMut, DeviceRef, DeviceType, check};
 
 /// Every source that the ops can ask for, so that one test can compile them all without a GPU.
 pub fn all_sources() -> Vec<Source> {
-    Vec::new()
+    let mut sources = Vec::new();
+    sources.extend(crate::attention::f32_cuda::sources());
+    sources.extend(crate::attention::softmax::cuda::sources());
+    sources
 }

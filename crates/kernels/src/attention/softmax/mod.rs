@@ -20,6 +20,7 @@
 //! ALiBi: Press, Smith and Lewis, arXiv 2108.12409. A rotary embedding is applied to q and k before.
 
 pub mod cpu;
+pub mod cuda;
 pub mod decode;
 pub mod reference;
 
