@@ -30,5 +30,6 @@ pub fn all_sources() -> Vec<Source> {
     let mut sources = Vec::new();
     sources.extend(crate::attention::f32_cuda::sources());
     sources.extend(crate::attention::softmax::cuda::sources());
+    sources.extend(crate::attention::decode_cuda::sources());
     sources
 }

@@ -22,6 +22,7 @@
 pub mod cpu;
 pub mod cuda;
 pub mod decode;
+pub mod decode_cuda;
 pub mod reference;
 
 use std::ops::Range;

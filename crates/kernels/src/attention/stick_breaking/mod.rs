@@ -28,6 +28,7 @@
 
 pub mod cpu;
 pub mod decode;
+pub mod decode_cuda;
 pub mod reference;
 mod stick;
 
