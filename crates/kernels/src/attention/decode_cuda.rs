@@ -127,7 +127,7 @@ impl Call<'_> {
     }
 
     /// Checks, then launches both kernels.
-    pub fn run(&self, queue: &Queue, o: &mut DeviceMut<'_>, mut rem: Option<&mut DeviceMut<'_>>) -> Result<()> {
+    pub fn run(&self, queue: &Queue, o: &mut DeviceMut<'_>, rem: Option<&mut DeviceMut<'_>>) -> Result<()> {
         let dtype = self.check(o, rem.as_deref())?;
         let layout = self.layout;
         let rows = layout.sequences * layout.query_heads;
@@ -172,7 +172,7 @@ impl Call<'_> {
             part_rows.as_ref().into(),
             self.lengths.list.as_ref().into(),
             o.into(),
-            Arg::optional_mut(rem.as_deref_mut()),
+            Arg::optional_mut(rem),
             size(layout.query_heads),
             size(layout.head_dim),
             size(pieces),
