@@ -7,11 +7,10 @@ use attention_support::assert_close;
 use cuda_support::{Number, download, exact, poisoned, queue, same_bits, upload, wide};
 use half::bf16;
 use stickbreak_kernels::attention::decode::{DecodeInputs, DecodeLayout};
-use stickbreak_kernels::attention::decode_cuda::DecodeLengths;
 use stickbreak_kernels::attention::softmax::decode::SoftmaxDecodeSpec;
 use stickbreak_kernels::attention::softmax::{self, alibi_slopes};
+use stickbreak_kernels::attention::stick_breaking;
 use stickbreak_kernels::attention::stick_breaking::decode::StickBreakingDecodeSpec;
-use stickbreak_kernels::attention::stick_breaking::{self};
 use stickbreak_kernels::cuda::{DeviceType, Queue};
 
 /// Queries and caches; behind a sequence's length the caches hold NaN.
@@ -70,20 +69,21 @@ fn limits<T: Number>() -> (f64, f64) {
 fn stick_breaking<T: Number>(queue: &Queue, step: &Step, early_exit_bits: u32) -> (Vec<T>, Vec<f32>) {
     let spec = StickBreakingDecodeSpec { early_exit_bits, ..StickBreakingDecodeSpec::new(step.layout) };
     let [q, k, v] = [&step.q, &step.k, &step.v].map(|values| upload::<T>(queue, values, 1, 1));
-    let lengths = DecodeLengths::new(queue, &step.layout, &step.lengths).unwrap();
+    let lengths = queue.upload(&step.lengths).unwrap();
     let (mut o, mut rem) = (poisoned::<T>(queue, step.q.len()), poisoned::<f32>(queue, step.rows()));
     let [q, k, v] = [q.as_ref(), k.as_ref(), v.as_ref()];
-    stick_breaking::decode_cuda::decode(queue, &spec, q, k, v, &lengths, &mut o.as_mut(), &mut rem.as_mut()).unwrap();
+    stick_breaking::decode_cuda::decode(queue, &spec, q, k, v, lengths.as_ref(), &mut o.as_mut(), &mut rem.as_mut())
+        .unwrap();
     (download(queue, &o), download(queue, &rem))
 }
 
 fn softmax<T: Number>(queue: &Queue, step: &Step, alibi: Option<Vec<f64>>) -> Vec<T> {
     let spec = SoftmaxDecodeSpec { alibi, ..SoftmaxDecodeSpec::new(step.layout) };
     let [q, k, v] = [&step.q, &step.k, &step.v].map(|values| upload::<T>(queue, values, 1, 1));
-    let lengths = DecodeLengths::new(queue, &step.layout, &step.lengths).unwrap();
+    let lengths = queue.upload(&step.lengths).unwrap();
     let mut o = poisoned::<T>(queue, step.q.len());
     let [q, k, v] = [q.as_ref(), k.as_ref(), v.as_ref()];
-    softmax::decode_cuda::decode(queue, &spec, q, k, v, &lengths, &mut o.as_mut()).unwrap();
+    softmax::decode_cuda::decode(queue, &spec, q, k, v, lengths.as_ref(), &mut o.as_mut()).unwrap();
     download(queue, &o)
 }
 
@@ -179,14 +179,11 @@ fn the_same_launch_gives_the_same_bits() {
 fn wrong_calls_are_refused() {
     let queue = queue();
     let layout = DecodeLayout::contiguous(2, 4, 1, 1, 2);
-    let error = DecodeLengths::new(&queue, &layout, &[0, 5]).unwrap_err().to_string();
-    assert_eq!(error, "decode on CUDA: lengths[1] = 5, but it must be between 0 and the capacity, 4");
-    assert!(DecodeLengths::new(&queue, &layout, &[0]).is_err());
-    let lengths = DecodeLengths::new(&queue, &layout, &[0, 0]).unwrap();
+    let (lengths, three) = (queue.upload(&[0, -1]).unwrap(), queue.upload(&[0, 0, 0]).unwrap());
     let (q, cache, short) = (poisoned::<f32>(&queue, 4), poisoned::<f32>(&queue, 16), poisoned::<f32>(&queue, 15));
     let (mut o, mut rem) = (poisoned::<f32>(&queue, 4), poisoned::<f32>(&queue, 2));
     let spec = StickBreakingDecodeSpec::new(layout);
-    let mut call = |k| {
+    let mut call = |k, lengths| {
         let v = cache.as_ref();
         let outcome = stick_breaking::decode_cuda::decode(
             &queue,
@@ -194,16 +191,18 @@ fn wrong_calls_are_refused() {
             q.as_ref(),
             k,
             v,
-            &lengths,
+            lengths,
             &mut o.as_mut(),
             &mut rem.as_mut(),
         );
         (outcome, download::<f32>(&queue, &o), download::<f32>(&queue, &rem))
     };
-    let (outcome, o, _) = call(short.as_ref());
+    let (outcome, o, _) = call(short.as_ref(), lengths.as_ref());
     assert!(outcome.unwrap_err().to_string().contains("k has 15 elements") && o.iter().all(|x| x.is_nan()));
     // No keys: nothing is attended to and the stick is whole.
-    let (outcome, o, rem) = call(cache.as_ref());
+    let (outcome, o, _) = call(cache.as_ref(), three.as_ref());
+    assert!(outcome.unwrap_err().to_string().contains("lengths has 3 elements") && o.iter().all(|x| x.is_nan()));
+    let (outcome, o, rem) = call(cache.as_ref(), lengths.as_ref());
     outcome.unwrap();
     assert_eq!((o, rem), (vec![0.0; 4], vec![1.0; 2]));
 }

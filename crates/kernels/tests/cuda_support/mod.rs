@@ -5,7 +5,7 @@ use half::bf16;
 use stickbreak_kernels::attention::AttentionLayout;
 use stickbreak_kernels::cuda::{DeviceElement, Queue, Scratch};
 
-use crate::attention_support::Problem;
+use super::attention_support::Problem;
 
 /// An element type of the GPU kernels under test.
 pub trait Number: DeviceElement + PartialEq + std::fmt::Debug {
