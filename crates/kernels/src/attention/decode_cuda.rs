@@ -3,7 +3,7 @@
 use super::AttentionLayout;
 use super::decode::DecodeLayout;
 use super::device::View;
-use crate::cuda::{Arg, DeviceMut, DeviceRef, DeviceType, Launch, Queue, Scratch, Source, check};
+use crate::cuda::{Arg, DeviceMut, DeviceRef, DeviceType, Launch, Queue, Source, check};
 use crate::{KernelError, Result};
 
 const WIDTHS: [usize; 4] = [32, 64, 128, 256];
