@@ -40,5 +40,10 @@ pub fn all_sources() -> Vec<Source> {
         crate::cross_entropy::cuda::sources(),
         crate::adamw::cuda::sources(),
     ];
-    point.concat()
+    let attention = [
+        crate::attention::f32_cuda::sources(),
+        crate::attention::softmax::cuda::sources(),
+        crate::attention::decode_cuda::sources(),
+    ];
+    [point.concat(), attention.concat()].concat()
 }
