@@ -36,6 +36,10 @@
 #ifndef FORWARD_ROW_TILES
 #define FORWARD_ROW_TILES (HEAD_DIM > 128 ? 1 : 2)
 #endif
+// Keys that the forward pass takes at a time; the state has one entry per KEYS keys whatever this is.
+#ifndef FORWARD_KEYS
+#define FORWARD_KEYS (HEAD_DIM > 64 ? 32 : KEYS)
+#endif
 #ifndef FORWARD_BLOCKS
 #define FORWARD_BLOCKS 2
 #endif
@@ -57,14 +61,11 @@
 
 constexpr int PIECE = 64;
 constexpr int TILE_BYTES = KEYS * ROW_BYTES;
-constexpr int COLUMN_TILES = KEYS / 8;
-constexpr int CHUNKS = KEYS / 16;
+static_assert(KEYS % FORWARD_KEYS == 0 && PIECE % KEYS == 0, "blocks of keys must nest");
 
-// Scores are clamped to 2^24 in the forward pass, where four factors 1 + e share one reciprocal: their product stays below
-// 2^101, and the stick times its inverse above the smallest float down to sticks of 2^-25. A key then leaves 2^-24
-// of the stick at least. The backward pass takes one reciprocal per key and needs a clamp only against infinity.
-constexpr float FORWARD_CLAMP = 24.0f;
-constexpr float BACKWARD_CLAMP = 60.0f;
+// The backward pass, and the forward pass on saturated scores, clamp 2^z here, only against infinity: 1 - beta below 2^-60
+// is nothing to any row that has more than one key.
+constexpr float ODDS_LIMIT = 60.0f;
 
 // One entry of the tile lists: a run of rows (or keys) of one document.
 struct Tile {
@@ -78,8 +79,15 @@ DEVICE Tile read_tile(const int* tiles, int index) {
 }
 
 // Blocks of keys that rows below `end` see (the last of them; end >= 1).
-DEVICE int visible_blocks(int end, int own_key) { return (end - 1 + own_key + KEYS - 1) / KEYS; }
+template <int keys = KEYS> DEVICE int visible_blocks(int end, int own_key) { return (end - 1 + own_key + keys - 1) / keys; }
 DEVICE int first_entry(const Tile& tile, int piece) { return tile.entry + piece * (piece + 1) / 2 * (PIECE / KEYS); }
+
+// The smaller one; NaN if there is one, so that a NaN in q or k shows in the output.
+DEVICE float clamp(float x, float limit) {
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
+    return y;
+}
 
 // Products over the quad's lanes: `newer` over the lanes of newer keys (larger c), `all` over the four.
 DEVICE void scan_products(float x, float& newer, float& all) {
@@ -102,46 +110,69 @@ DEVICE void scan_sums(float x, float& older, float& all) {
     all = __shfl_sync(FULL_MASK, x + older, 3, 4);
 }
 
-// Hides from each row the keys from its own on (or past its own): their odds become 0. `row` is the lane's row of tile 0,
+// Hides from each row the keys from its own on (or past its own): their odds become 0 (factor is not 0). `row` is the lane's row of tile 0,
 // `key` its first key, both counted in the document.
-template <int row_tiles>
-DEVICE void hide_future(float (&z)[row_tiles][COLUMN_TILES][4], int row, int key, int own_key) {
+template <int row_tiles, int keys>
+DEVICE void hide_future(float (&z)[row_tiles][keys / 8][4], int row, int key, int own_key, float factor) {
+    const float hidden = factor < 0.0f ? INFINITY_F : -INFINITY_F;
 #pragma unroll
     for (int i = 0; i < row_tiles; i++)
 #pragma unroll
-        for (int j = 0; j < COLUMN_TILES; j++)
+        for (int j = 0; j < keys / 8; j++)
 #pragma unroll
             for (int x = 0; x < 4; x++)
-                if (key + 2 * j + (x & 1) >= row + 16 * i + 8 * (x >> 1) + own_key) z[i][j][x] = -INFINITY_F;
+                if (key + 2 * j + (x & 1) >= row + 16 * i + 8 * (x >> 1) + own_key) z[i][j][x] = hidden;
 }
 
 // ------------------------------------------------------------------------------------------------ forward
 
+// log2(1 + x), accurate for tiny x too.
+DEVICE float log2_of_one_plus(float x) {
+    float series = 0.16029947f;
+    series = fmaf(series, -x, 0.18033688f);
+    series = fmaf(series, -x, 0.20609929f);
+    series = fmaf(series, -x, 0.24044917f);
+    series = fmaf(series, -x, 0.28853901f);
+    series = fmaf(series, -x, 0.36067376f);
+    series = fmaf(series, -x, 0.48089835f);
+    series = fmaf(series, -x, 0.72134752f);
+    series = fmaf(series, -x, 1.44269504f);
+    return x < 0.25f ? x * series : __log2f(1.0f + x);
+}
+
 // Per row: the odds replace the scores; the weights A, packed, if wanted. `stick` is what newer keys leave and becomes what
 // these keys leave. `log2_stick` collects its logarithm if wanted.
-template <int row_tiles, bool want_weights, bool want_log>
-DEVICE void break_sticks(float (&z)[row_tiles][COLUMN_TILES][4], float factor, float (&stick)[row_tiles][2],
-                         float (&log2_stick)[row_tiles][2], u32 (&weights)[CHUNKS][row_tiles][4]) {
+//
+// A few keys share one reciprocal of their product of 1 + e. False, and nothing of use, if that product is so large
+// somewhere that it or its inverse could leave the range of a float (or is NaN).
+template <int row_tiles, int keys, bool want_weights, bool want_log>
+DEVICE bool break_sticks(float (&z)[row_tiles][keys / 8][4], float factor, float (&stick)[row_tiles][2],
+                         float (&log2_stick)[row_tiles][2], u32 (&weights)[keys / 16][row_tiles][4]) {
+    constexpr int length = want_weights ? 4 : 8, chunks = keys / 4 / length;
+    // Times a stick of more than 2^-60, the smallest inverse is still a normal float. Without weights only the product of
+    // sticks is formed.
+    constexpr float least = want_weights ? 8.6736174e-19f : 7.5231638e-37f;  // 2^-60, 2^-120
+    bool fine = true;
 #pragma unroll
     for (int i = 0; i < row_tiles; i++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float inverse[CHUNKS];
+            float inverse[chunks];
             float total = 1.0f, log = 0.0f;
 #pragma unroll
-            for (int ch = 0; ch < CHUNKS; ch++) {
-                float w = 1.0f;
+            for (int ch = 0; ch < chunks; ch++) {
+                float w = 1.0f, grown = 0.0f;
 #pragma unroll
-                for (int x = 0; x < 4; x++) {
-                    float& e = z[i][2 * ch + (x >> 1)][2 * r + (x & 1)];
-                    float t = e * factor;
-                    if (want_log) log += fmaxf(t - FORWARD_CLAMP, 0.0f);
-                    e = exp2_approx(fminf(t, FORWARD_CLAMP));
-                    w = x == 0 ? 1.0f + e : fmaf(w, e, w);
+                for (int x = length * ch; x < length * ch + length; x++) {
+                    float& e = z[i][x >> 1][2 * r + (x & 1)];
+                    e = exp2_approx(e * factor);
+                    w = x == length * ch ? 1.0f + e : fmaf(w, e, w);
+                    if (want_log) grown = fmaf(grown, e, grown + e);
                 }
                 inverse[ch] = rcp_approx(w);
-                if (want_log) log += __log2f(w);
-                total *= inverse[ch];
+                fine = fine && inverse[ch] >= least;
+                if (want_log) log += log2_of_one_plus(grown);
+                total = ch == 0 ? inverse[ch] : total * inverse[ch];
             }
             float newer, all;
             scan_products(total, newer, all);
@@ -154,16 +185,58 @@ DEVICE void break_sticks(float (&z)[row_tiles][COLUMN_TILES][4], float factor, f
             }
             if (want_weights) {
 #pragma unroll
-                for (int ch = CHUNKS - 1; ch >= 0; ch--) {
+                for (int ch = chunks - 1; ch >= 0; ch--) {
                     left *= inverse[ch];
                     float s = left, a[4];
 #pragma unroll
                     for (int x = 0; x < 4; x++) {
                         a[x] = z[i][2 * ch + (x >> 1)][2 * r + (x & 1)] * s;
-                        s += a[x];
+                        if (x < 3) s += a[x];
                     }
                     weights[ch][i][r] = pack_bf16(a[0], a[1]);
                     weights[ch][i][2 + r] = pack_bf16(a[2], a[3]);
+                }
+            }
+        }
+    return fine;
+}
+
+// The same for any scores, with one reciprocal per key.
+template <int row_tiles, int keys, bool want_weights, bool want_log>
+DEVICE void break_saturated_sticks(float (&z)[row_tiles][keys / 8][4], float factor, float (&stick)[row_tiles][2],
+                                   float (&log2_stick)[row_tiles][2], u32 (&weights)[keys / 16][row_tiles][4]) {
+    constexpr int count = keys / 4;
+#pragma unroll
+    for (int i = 0; i < row_tiles; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float keep[count];
+            float total = 1.0f, log = 0.0f;
+#pragma unroll
+            for (int x = 0; x < count; x++) {
+                float& e = z[i][x >> 1][2 * r + (x & 1)];
+                float t = e * factor;
+                e = exp2_approx(clamp(t, ODDS_LIMIT));
+                if (want_log) log += log2_of_one_plus(e) + fmaxf(t - ODDS_LIMIT, 0.0f);
+                keep[x] = rcp_approx(1.0f + e);
+                total *= keep[x];
+            }
+            float newer, all;
+            scan_products(total, newer, all);
+            float left = stick[i][r] * newer;
+            stick[i][r] *= all;
+            if (want_log) {
+                float older, sum;
+                scan_sums(log, older, sum);
+                log2_stick[i][r] -= sum;
+            }
+            if (want_weights) {
+#pragma unroll
+                for (int x = count - 2; x >= 0; x -= 2) {
+                    left *= keep[x + 1];
+                    float second = z[i][x >> 1][2 * r + 1] * left;
+                    left *= keep[x];
+                    weights[x / 4][i][(x & 2) + r] = pack_bf16(z[i][x >> 1][2 * r] * left, second);
                 }
             }
         }
@@ -183,27 +256,27 @@ struct Forward {
     float factor, threshold;
 };
 
-template <bool want_values, bool want_log, int warps, int row_tiles> DEVICE void forward(const Forward& p) {
-    constexpr int threads = warps * 32, rows = warps * row_tiles * 16;
+template <bool want_values, bool want_log, int warps, int row_tiles, int keys> DEVICE void forward(const Forward& p) {
+    constexpr int threads = warps * 32, rows = warps * row_tiles * 16, tile_bytes = keys * ROW_BYTES;
     extern __shared__ __align__(128) u8 shared[];
     u8* q_tile = shared;
     const u32 q_shared = shared_address(q_tile), k_shared = q_shared + rows * ROW_BYTES,
-              v_shared = k_shared + STAGES * TILE_BYTES;
+              v_shared = k_shared + STAGES * tile_bytes;
     const Tile tile = read_tile(p.tiles, blockIdx.x);
     const int head = p.first_head + blockIdx.y, kv_head = head / p.group;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
     const int valid = min(rows, tile.length - tile.first);
-    const int blocks = visible_blocks(tile.first + valid, p.own_key);
+    const int blocks = visible_blocks<keys>(tile.first + valid, p.own_key);
 
-    const bf16* keys = p.k + (i64)tile.start * p.key_stride + kv_head * HEAD_DIM;
-    const bf16* values = p.v + (i64)tile.start * p.value_stride + kv_head * HEAD_DIM;
+    const bf16* k = p.k + (i64)tile.start * p.key_stride + kv_head * HEAD_DIM;
+    const bf16* v = p.v + (i64)tile.start * p.value_stride + kv_head * HEAD_DIM;
     auto copy_block = [&](int b) {
-        int stage = STAGES == 1 ? 0 : b & 1, left = tile.length - b * KEYS;
-        copy_tile<KEYS, threads, true>(k_shared + stage * TILE_BYTES, keys + (i64)b * KEYS * p.key_stride, p.key_stride, left);
+        int stage = STAGES == 1 ? 0 : b & 1, left = tile.length - b * keys;
+        copy_tile<keys, threads, true>(k_shared + stage * tile_bytes, k + (i64)b * keys * p.key_stride, p.key_stride, left);
         if (want_values)
-            copy_tile<KEYS, threads, true>(v_shared + stage * TILE_BYTES, values + (i64)b * KEYS * p.value_stride, p.value_stride, left);
+            copy_tile<keys, threads, true>(v_shared + stage * tile_bytes, v + (i64)b * keys * p.value_stride, p.value_stride, left);
     };
-    clear_padding<threads>(shared, rows + (want_values ? 2 : 1) * STAGES * KEYS);
+    clear_padding<threads>(shared, rows + (want_values ? 2 : 1) * STAGES * keys);
     copy_tile<rows, threads, false>(q_shared, p.q + (i64)(tile.start + tile.first) * p.query_stride + head * HEAD_DIM,
                                     p.query_stride, valid);
     if (STAGES > 1 && blocks > 0) copy_block(blocks - 1);
@@ -240,11 +313,12 @@ template <bool want_values, bool want_log, int warps, int row_tiles> DEVICE void
     int oldest = 0;
     const bool find_exit = want_values && p.threshold > 0.0f;
     if (!want_values && p.first_blocks != nullptr) {
-        oldest = blocks;
+        oldest = blocks * keys / KEYS + 1;
 #pragma unroll
         for (int s = 0; s < (rows + PIECE - 1) / PIECE; s++)
             if (tile.first + s * PIECE < tile.length)
                 oldest = min(oldest, p.first_blocks[(i64)head * p.pieces + tile.piece + tile.first / PIECE + s]);
+        oldest *= KEYS / keys;
     }
     int b = blocks - 1;
     for (; b >= oldest; b--) {
@@ -254,7 +328,7 @@ template <bool want_values, bool want_log, int warps, int row_tiles> DEVICE void
             copies_commit();
         }
         copies_wait<0>();
-        if (find_exit && b < blocks - 1) {
+        if (find_exit && b < blocks - 1 && (b + 1) * keys % KEYS == 0) {
             if (!__syncthreads_or(alive)) break;
         } else {
             __syncthreads();
@@ -264,23 +338,42 @@ template <bool want_values, bool want_log, int warps, int row_tiles> DEVICE void
             copies_commit();
         }
         const int stage = STAGES == 1 ? 0 : b & 1;
-        if (b * KEYS < warp_row + row_tiles * 16 - 1 + p.own_key) {
-            float z[row_tiles][COLUMN_TILES][4];
-            multiply_rows<row_tiles, KEYS>(z, q_lane, k_lane + stage * TILE_BYTES);
-            if ((b + 1) * KEYS > warp_row + p.own_key) hide_future<row_tiles>(z, row, b * KEYS + c * (KEYS / 4), p.own_key);
-            u32 weights[CHUNKS][row_tiles][4];
-            break_sticks<row_tiles, want_values, want_log>(z, p.factor, stick, log2_stick, weights);
+        if (b * keys < warp_row + row_tiles * 16 - 1 + p.own_key) {
+            float z[row_tiles][keys / 8][4], stick_before[row_tiles][2], log2_before[row_tiles][2];
+            u32 weights[keys / 16][row_tiles][4];
+            auto score = [&]() {
+                multiply_rows<row_tiles, keys>(z, q_lane, k_lane + stage * tile_bytes);
+                if ((b + 1) * keys > warp_row + p.own_key)
+                    hide_future<row_tiles, keys>(z, row, b * keys + c * (keys / 4), p.own_key, p.factor);
+            };
+#pragma unroll
+            for (int i = 0; i < 2 * row_tiles; i++) {
+                stick_before[i / 2][i % 2] = stick[i / 2][i % 2];
+                log2_before[i / 2][i % 2] = log2_stick[i / 2][i % 2];
+            }
+            score();
+            bool fine = break_sticks<row_tiles, keys, want_values, want_log>(z, p.factor, stick, log2_stick, weights);
+            if (!__all_sync(FULL_MASK, fine)) {
+#pragma unroll
+                for (int i = 0; i < 2 * row_tiles; i++) {
+                    stick[i / 2][i % 2] = stick_before[i / 2][i % 2];
+                    log2_stick[i / 2][i % 2] = log2_before[i / 2][i % 2];
+                }
+                score();
+                break_saturated_sticks<row_tiles, keys, want_values, want_log>(z, p.factor, stick, log2_stick, weights);
+            }
             if (want_values) {
 #pragma unroll
-                for (int ch = 0; ch < CHUNKS; ch++)
-                    multiply_weights<row_tiles, DIM_STEPS>(o, weights[ch], v_lane + stage * TILE_BYTES + ch * 16 * ROW_BYTES);
+                for (int ch = 0; ch < keys / 16; ch++)
+                    multiply_weights<row_tiles, DIM_STEPS>(o, weights[ch], v_lane + stage * tile_bytes + ch * 16 * ROW_BYTES);
             }
         }
-        if (sticks != nullptr && c == 0 && b < piece_blocks) {
+        if (b * keys % KEYS != 0) continue;
+        if (sticks != nullptr && c == 0 && b * keys / KEYS < piece_blocks) {
 #pragma unroll
             for (int i = 0; i < row_tiles; i++)
 #pragma unroll
-                for (int r = 0; r < 2; r++) sticks[(i64)b * PIECE + 16 * i + 8 * r] = stick[i][r];
+                for (int r = 0; r < 2; r++) sticks[(i64)(b * keys / KEYS) * PIECE + 16 * i + 8 * r] = stick[i][r];
         }
         if (find_exit) {
             alive = false;
@@ -291,7 +384,7 @@ template <bool want_values, bool want_log, int warps, int row_tiles> DEVICE void
     if (!want_values) return;
 
     if (p.first_blocks != nullptr && exists && (warp_row & (PIECE - 1)) == 0 && lane == 0)
-        p.first_blocks[(i64)head * p.pieces + tile.piece + piece] = min(b + 1, piece_blocks);
+        p.first_blocks[(i64)head * p.pieces + tile.piece + piece] = min((b + 1) * keys / KEYS, piece_blocks);
     if (blocks == 0) {
         copies_wait<0>();
         __syncthreads();
@@ -324,23 +417,22 @@ template <bool want_values, bool want_log, int warps, int row_tiles> DEVICE void
 // Per row: from the scores z, g = do.v, what newer keys leave (`stick`) and the sum over older keys (`sum`, which grows by
 // the sum over these): z becomes dz. The weights A, packed, if wanted.
 template <int row_tiles, bool want_weights>
-DEVICE void score_gradients(float (&z)[row_tiles][COLUMN_TILES][4], float (&g)[row_tiles][COLUMN_TILES][4], float factor,
-                            const float (&stick)[row_tiles][2], const float (&drem)[row_tiles][2], bool first,
-                            float (&sum)[row_tiles][2], u32 (&weights)[CHUNKS][row_tiles][4]) {
+DEVICE void score_gradients(float (&z)[row_tiles][KEYS / 8][4], float (&g)[row_tiles][KEYS / 8][4], float factor,
+                            const float (&stick)[row_tiles][2], float (&sum)[row_tiles][2], u32 (&weights)[KEYS / 16][row_tiles][4]) {
 #pragma unroll
     for (int i = 0; i < row_tiles; i++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             // keep = 1 - beta.
-            float keep[2 * COLUMN_TILES];
+            float keep[KEYS / 4];
             float total = 1.0f;
 #pragma unroll
-            for (int ch = 0; ch < CHUNKS; ch++) {
+            for (int ch = 0; ch < KEYS / 16; ch++) {
                 float part = 1.0f;
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     float& e = z[i][2 * ch + (x >> 1)][2 * r + (x & 1)];
-                    e = exp2_approx(fminf(e * factor, BACKWARD_CLAMP));
+                    e = exp2_approx(clamp(e * factor, ODDS_LIMIT));
                     float inverse = rcp_approx(1.0f + e);
                     keep[4 * ch + x] = inverse;
                     part = x == 0 ? inverse : part * inverse;
@@ -351,7 +443,7 @@ DEVICE void score_gradients(float (&z)[row_tiles][COLUMN_TILES][4], float (&g)[r
             scan_products(total, newer, all);
             float left = stick[i][r] * newer, grown = 0.0f;
 #pragma unroll
-            for (int ch = CHUNKS - 1; ch >= 0; ch--) {
+            for (int ch = KEYS / 16 - 1; ch >= 0; ch--) {
                 float a[4];
 #pragma unroll
                 for (int x = 3; x >= 0; x--) {
@@ -371,7 +463,7 @@ DEVICE void score_gradients(float (&z)[row_tiles][COLUMN_TILES][4], float (&g)[r
             float before = sum[i][r] + older;
             sum[i][r] += grown_all;
 #pragma unroll
-            for (int ch = 0; ch < CHUNKS; ch++)
+            for (int ch = 0; ch < KEYS / 16; ch++)
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     float& e = z[i][2 * ch + (x >> 1)][2 * r + (x & 1)];
@@ -385,7 +477,7 @@ DEVICE void score_gradients(float (&z)[row_tiles][COLUMN_TILES][4], float (&g)[r
 
 // Packs accumulators as left operands of 16 keys each.
 template <int row_tiles>
-DEVICE void pack_chunk(u32 (&packed)[row_tiles][4], const float (&d)[row_tiles][COLUMN_TILES][4], int ch) {
+DEVICE void pack_chunk(u32 (&packed)[row_tiles][4], const float (&d)[row_tiles][KEYS / 8][4], int ch) {
 #pragma unroll
     for (int i = 0; i < row_tiles; i++) {
         packed[i][0] = pack_bf16(d[i][2 * ch][0], d[i][2 * ch][1]);
@@ -509,15 +601,15 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
                 for (int r = 0; r < 2; r++) sums[(i64)b * PIECE + 16 * i + 8 * r] = sum[i][r];
         }
         if (b * KEYS < warp_row + row_tiles * 16 - 1 + p.own_key) {
-            float z[row_tiles][COLUMN_TILES][4], dp[row_tiles][COLUMN_TILES][4];
+            float z[row_tiles][KEYS / 8][4], dp[row_tiles][KEYS / 8][4];
             multiply_rows<row_tiles, KEYS>(z, q_lane, k_lane + stage * TILE_BYTES);
-            if ((b + 1) * KEYS > warp_row + p.own_key) hide_future<row_tiles>(z, row, b * KEYS + c * (KEYS / 4), p.own_key);
+            if ((b + 1) * KEYS > warp_row + p.own_key) hide_future<row_tiles, KEYS>(z, row, b * KEYS + c * (KEYS / 4), p.own_key, p.factor);
             multiply_rows<row_tiles, KEYS>(dp, g_lane, v_lane + stage * TILE_BYTES);
-            u32 unused[CHUNKS][row_tiles][4];
-            score_gradients<row_tiles, false>(z, dp, p.factor, stick, sum, false, sum, unused);
+            u32 unused[KEYS / 16][row_tiles][4];
+            score_gradients<row_tiles, false>(z, dp, p.factor, stick, sum, unused);
             if (b + 1 < blocks) read_sticks(b + 1);
 #pragma unroll
-            for (int ch = 0; ch < CHUNKS; ch++) {
+            for (int ch = 0; ch < KEYS / 16; ch++) {
                 u32 dz[row_tiles][4];
                 pack_chunk<row_tiles>(dz, z, ch);
                 multiply_weights<row_tiles, DIM_STEPS>(dq, dz, k_rows + stage * TILE_BYTES + ch * 16 * ROW_BYTES);
@@ -541,7 +633,7 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
 // `key_warps` and the dimensions by `dim_warps`, and read A and dz of all rows from shared memory.
 DEVICE void backward_dkdv(const Backward& p) {
     constexpr int threads = 128;
-    constexpr int dim_warps = DIM_STEPS % 2 == 0 && KEYS >= 32 ? 2 : (KEYS == 32 ? 2 : 1), key_warps = 4 / dim_warps;
+    constexpr int dim_warps = DIM_STEPS % 2 == 0 || KEYS == 32 ? 2 : 1, key_warps = 4 / dim_warps;
     static_assert(DIM_STEPS % dim_warps == 0, "32 keys need an even number of dimension steps");
     constexpr int key_tiles = KEYS / key_warps / 16, steps = DIM_STEPS / dim_warps;
     constexpr int score_bytes = KEYS * 2 + 16, piece_bytes = PIECE * ROW_BYTES;
@@ -639,8 +731,8 @@ DEVICE void backward_dkdv(const Backward& p) {
         __syncthreads();
         const int first_row = piece_of * PIECE, now = STAGES == 1 ? 0 : stage;
         stage ^= 1;
-        float z[1][COLUMN_TILES][4], dp[1][COLUMN_TILES][4];
-        u32 weights[CHUNKS][1][4];
+        float z[1][KEYS / 8][4], dp[1][KEYS / 8][4];
+        u32 weights[KEYS / 16][1][4];
         float now_stick[1][2] = {{stick[0][0], stick[0][1]}}, now_sum[1][2] = {{sum[0][0], sum[0][1]}};
         advance();
         if (step < step_count) {
@@ -652,13 +744,13 @@ DEVICE void backward_dkdv(const Backward& p) {
         }
         multiply_rows<1, KEYS>(z, q_shared + now * piece_bytes + row_offset, k_lane);
         if (tile.first + KEYS > first_row + warp * 16 + p.own_key)
-            hide_future<1>(z, first_row + row, tile.first + c * (KEYS / 4), p.own_key);
+            hide_future<1, KEYS>(z, first_row + row, tile.first + c * (KEYS / 4), p.own_key, p.factor);
         multiply_rows<1, KEYS>(dp, g_shared + now * piece_bytes + row_offset, v_lane);
-        score_gradients<1, true>(z, dp, p.factor, now_stick, now_sum, false, now_sum, weights);
+        score_gradients<1, true>(z, dp, p.factor, now_stick, now_sum, weights);
         u8* a_row = a_tile + row * score_bytes + c * 4;
         u8* dz_row = dz_tile + row * score_bytes + c * 4;
 #pragma unroll
-        for (int ch = 0; ch < CHUNKS; ch++) {
+        for (int ch = 0; ch < KEYS / 16; ch++) {
             u32 dz[1][4];
             pack_chunk<1>(dz, z, ch);
 #pragma unroll
@@ -711,13 +803,13 @@ DEVICE void backward_dkdv(const Backward& p) {
      output_stride, heads, group, first_head, entries, pieces, own_key, factor, scale}
 
 extern "C" __global__ void __launch_bounds__(FORWARD_WARPS * 32, FORWARD_BLOCKS) stick_breaking_forward_bf16(FORWARD_PARAMETERS) {
-    forward<true, false, FORWARD_WARPS, FORWARD_ROW_TILES>(FORWARD_ARGUMENTS);
+    forward<true, false, FORWARD_WARPS, FORWARD_ROW_TILES, FORWARD_KEYS>(FORWARD_ARGUMENTS);
 }
-extern "C" __global__ void __launch_bounds__(FORWARD_WARPS * 32, FORWARD_BLOCKS) stick_breaking_forward_log_bf16(FORWARD_PARAMETERS) {
-    forward<true, true, FORWARD_WARPS, FORWARD_ROW_TILES>(FORWARD_ARGUMENTS);
+extern "C" __global__ void __launch_bounds__(FORWARD_WARPS * FORWARD_ROW_TILES * 32, 1) stick_breaking_forward_log_bf16(FORWARD_PARAMETERS) {
+    forward<true, true, FORWARD_WARPS * FORWARD_ROW_TILES, 1, FORWARD_KEYS>(FORWARD_ARGUMENTS);
 }
 extern "C" __global__ void __launch_bounds__(FORWARD_WARPS * 32, FORWARD_BLOCKS) stick_breaking_sticks_bf16(FORWARD_PARAMETERS) {
-    forward<false, false, FORWARD_WARPS, FORWARD_ROW_TILES>(FORWARD_ARGUMENTS);
+    forward<false, false, FORWARD_WARPS, FORWARD_ROW_TILES, KEYS>(FORWARD_ARGUMENTS);
 }
 extern "C" __global__ void __launch_bounds__(DQ_WARPS * 32, DQ_BLOCKS) stick_breaking_backward_dq_bf16(BACKWARD_PARAMETERS) {
     backward_dq<DQ_WARPS, DQ_ROW_TILES>(BACKWARD_ARGUMENTS);
