@@ -50,10 +50,10 @@
 #define DQ_ROW_TILES 1
 #endif
 #ifndef DQ_BLOCKS
-#define DQ_BLOCKS 2
+#define DQ_BLOCKS (STAGES > 1 && (HEAD_DIM == 16 || HEAD_DIM == 32 || HEAD_DIM == 64) ? 3 : 2)
 #endif
 #ifndef DKDV_BLOCKS
-#define DKDV_BLOCKS 2
+#define DKDV_BLOCKS (STAGES > 1 && (HEAD_DIM == 16 || HEAD_DIM == 32 || HEAD_DIM == 64) ? 3 : 2)
 #endif
 #ifndef STAGES
 #define STAGES 2
@@ -415,10 +415,11 @@ template <bool want_values, bool want_log, int warps, int row_tiles, int keys> D
 // ------------------------------------------------------------------------------------------------ backward
 
 // Per row: from the scores z, g = do.v, what newer keys leave (`stick`) and the sum over older keys (`sum`, which grows by
-// the sum over these): z becomes dz. The weights A, packed, if wanted.
-template <int row_tiles, bool want_weights>
+// the sum over these): z becomes dz. The weights A go to `keep_weights(chunk, i, x, low, high)`: the halves of register x
+// of row tile i as a left operand of 16 keys.
+template <int row_tiles, typename Weights>
 DEVICE void score_gradients(float (&z)[row_tiles][KEYS / 8][4], float (&g)[row_tiles][KEYS / 8][4], float factor,
-                            const float (&stick)[row_tiles][2], float (&sum)[row_tiles][2], u32 (&weights)[KEYS / 16][row_tiles][4]) {
+                            const float (&stick)[row_tiles][2], float (&sum)[row_tiles][2], Weights keep_weights) {
 #pragma unroll
     for (int i = 0; i < row_tiles; i++)
 #pragma unroll
@@ -453,10 +454,8 @@ DEVICE void score_gradients(float (&z)[row_tiles][KEYS / 8][4], float (&g)[row_t
                     ag *= a[x];
                     grown += ag;
                 }
-                if (want_weights) {
-                    weights[ch][i][r] = pack_bf16(a[0], a[1]);
-                    weights[ch][i][2 + r] = pack_bf16(a[2], a[3]);
-                }
+                keep_weights(ch, i, r, a[0], a[1]);
+                keep_weights(ch, i, 2 + r, a[2], a[3]);
             }
             float older, grown_all;
             scan_sums(grown, older, grown_all);
@@ -545,10 +544,10 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
     const i64 state = ((i64)blockIdx.y * p.entries + first_entry(tile, piece)) * PIECE + (row & (PIECE - 1));
     const float* sticks = p.sticks + state;
     float* sums = p.sums + state;
-    float sum[row_tiles][2], stick[row_tiles][2];
+    float sum[row_tiles][2];
     float dq[row_tiles][2 * DIM_STEPS][4];
     // What newer keys leave to block b.
-    auto read_sticks = [&](int b) {
+    auto read_sticks = [&](int b, float (&stick)[row_tiles][2]) {
 #pragma unroll
         for (int i = 0; i < row_tiles; i++)
 #pragma unroll
@@ -574,7 +573,6 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
 #pragma unroll
             for (int x = 0; x < 4; x++) dq[i][j][x] = 0.0f;
     }
-    if (oldest < blocks) read_sticks(max(oldest, piece_oldest));
     const u32 warp_offset = warp * row_tiles * 16 * ROW_BYTES + rows_first(ROW_BYTES);
     const u32 q_lane = q_shared + warp_offset, g_lane = g_shared + warp_offset;
     const u32 k_lane = k_shared + units_first(ROW_BYTES), v_lane = v_shared + units_first(ROW_BYTES);
@@ -601,13 +599,12 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
                 for (int r = 0; r < 2; r++) sums[(i64)b * PIECE + 16 * i + 8 * r] = sum[i][r];
         }
         if (b * KEYS < warp_row + row_tiles * 16 - 1 + p.own_key) {
-            float z[row_tiles][KEYS / 8][4], dp[row_tiles][KEYS / 8][4];
+            float z[row_tiles][KEYS / 8][4], dp[row_tiles][KEYS / 8][4], stick[row_tiles][2];
+            read_sticks(b, stick);
             multiply_rows<row_tiles, KEYS>(z, q_lane, k_lane + stage * TILE_BYTES);
             if ((b + 1) * KEYS > warp_row + p.own_key) hide_future<row_tiles, KEYS>(z, row, b * KEYS + c * (KEYS / 4), p.own_key, p.factor);
             multiply_rows<row_tiles, KEYS>(dp, g_lane, v_lane + stage * TILE_BYTES);
-            u32 unused[KEYS / 16][row_tiles][4];
-            score_gradients<row_tiles, false>(z, dp, p.factor, stick, sum, unused);
-            if (b + 1 < blocks) read_sticks(b + 1);
+            score_gradients<row_tiles>(z, dp, p.factor, stick, sum, [](int, int, int, float, float) {});
 #pragma unroll
             for (int ch = 0; ch < KEYS / 16; ch++) {
                 u32 dz[row_tiles][4];
@@ -629,6 +626,14 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
                                           (i64)p.heads * HEAD_DIM, tile.length - warp_row, own, lane);
 }
 
+// Bytes of shared memory of a multiprocessor, less what each of two thread blocks reserves (sm_90).
+constexpr int TWO_BLOCKS_BYTES = (228 - 2) * 1024;
+constexpr __device__ int dkdv_exchanges() {
+    int tiles = 2 * TILE_BYTES + 2 * STAGES * PIECE * ROW_BYTES, exchange = PIECE * (KEYS * 2 + 16);
+    bool two_fit = 2 * (tiles + 2 * exchange) <= TWO_BLOCKS_BYTES, one_fits = 2 * (tiles + exchange) <= TWO_BLOCKS_BYTES;
+    return one_fits && !two_fit ? 1 : 2;
+}
+
 // Four warps. Scores: a warp has 16 of the piece's 64 rows, and all keys. Gradients: the warps split the keys by
 // `key_warps` and the dimensions by `dim_warps`, and read A and dz of all rows from shared memory.
 DEVICE void backward_dkdv(const Backward& p) {
@@ -641,37 +646,33 @@ DEVICE void backward_dkdv(const Backward& p) {
     const u32 k_shared = shared_address(shared), v_shared = k_shared + TILE_BYTES, q_shared = v_shared + TILE_BYTES,
               g_shared = q_shared + STAGES * piece_bytes;
     u8* a_tile = shared + 2 * TILE_BYTES + 2 * STAGES * piece_bytes;
-    u8* dz_tile = a_tile + PIECE * score_bytes;
+    // A and dz of all rows pass between the warps in two tiles, or one after the other in one if only that lets two thread
+    // blocks share a multiprocessor.
+    constexpr int exchange_bytes = PIECE * score_bytes;
+    constexpr bool two_exchanges = dkdv_exchanges() == 2;
+    u8* dz_tile = two_exchanges ? a_tile + exchange_bytes : a_tile;
     const Tile tile = read_tile(p.tiles, blockIdx.x);
     const int kv_head = p.first_head / p.group + blockIdx.y;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
     const int block = tile.first / KEYS, valid = min(KEYS, tile.length - tile.first);
     const int piece_count = (tile.length + PIECE - 1) / PIECE, first_piece = tile.first / PIECE;
-    const int steps_per_head = piece_count - first_piece, step_count = steps_per_head * p.group;
-
-    // Step s is piece first_piece + s % steps_per_head of query head s / steps_per_head of the group.
-    int head_of = kv_head * p.group, piece_of = first_piece, step = 0;
-    // Moves on to a pair that was visited.
-    auto settle = [&]() {
-        while (step < step_count) {
-            bool seen = visible_blocks(min((piece_of + 1) * PIECE, tile.length), p.own_key) > block;
-            if (seen && p.first_blocks != nullptr)
-                seen = p.first_blocks[(i64)head_of * p.pieces + tile.piece + piece_of] <= block;
-            if (seen) break;
-            step++;
-            if (++piece_of == piece_count) {
-                piece_of = first_piece;
-                head_of++;
-            }
-        }
-    };
+    // The pairs (query head, piece), heads first; `settle` moves on to a pair that was visited.
+    const int head_end = kv_head * p.group + p.group;
+    int head_of = kv_head * p.group, piece_of = first_piece;
     auto advance = [&]() {
-        step++;
         if (++piece_of == piece_count) {
             piece_of = first_piece;
             head_of++;
         }
-        settle();
+    };
+    auto settle = [&]() {
+        while (head_of < head_end) {
+            bool seen = visible_blocks(min((piece_of + 1) * PIECE, tile.length), p.own_key) > block;
+            if (false)
+                seen = p.first_blocks[(i64)head_of * p.pieces + tile.piece + piece_of] <= block;
+            if (seen) break;
+            advance();
+        }
     };
     auto copy_piece = [&](int stage) {
         i64 token = tile.start + piece_of * PIECE;
@@ -682,8 +683,7 @@ DEVICE void backward_dkdv(const Backward& p) {
                                          p.output_stride, left);
     };
     const int row = warp * 16 + g;
-    float stick[1][2], sum[1][2];
-    auto read_state = [&]() {
+    auto read_state = [&](float (&stick)[1][2], float (&sum)[1][2]) {
         i64 entry = (i64)(head_of - p.first_head) * p.entries + first_entry(tile, piece_of) + block;
         bool newest = block + 1 >= visible_blocks(min((piece_of + 1) * PIECE, tile.length), p.own_key);
 #pragma unroll
@@ -700,10 +700,7 @@ DEVICE void backward_dkdv(const Backward& p) {
     copy_tile<KEYS, threads, true>(v_shared, p.v + (i64)(tile.start + tile.first) * p.value_stride + kv_head * HEAD_DIM,
                                    p.value_stride, valid);
     settle();
-    if (step < step_count) {
-        if (STAGES > 1) copy_piece(0);
-        read_state();
-    }
+    if (STAGES > 1 && head_of < head_end) copy_piece(0);
     copies_commit();
 
     float dk[key_tiles][2 * steps][4], dv[key_tiles][2 * steps][4];
@@ -720,8 +717,22 @@ DEVICE void backward_dkdv(const Backward& p) {
     const u32 a_lane = shared_address(a_tile) + score_offset, dz_lane = shared_address(dz_tile) + score_offset;
     const u32 dim_offset = my_dims * steps * 32 + rows_first(ROW_BYTES);
 
+    // Where this lane writes register x of a chunk of the warp's 16 rows, for all warps to read.
+    const int exchange_lane = row * score_bytes + c * 4;
+    auto exchange_at = [](int ch, int x) { return (x & 1) * 8 * score_bytes + (2 * ch + (x >> 1)) * 16; };
+    // d += transposed A or dz times rows of dO or Q.
+    auto accumulate = [&](float (&d)[key_tiles][2 * steps][4], u32 scores, u32 rows) {
+#pragma unroll
+        for (int s = 0; s < PIECE / 16; s++) {
+            u32 a[key_tiles][4];
+#pragma unroll
+            for (int i = 0; i < key_tiles; i++) load_matrices_transposed(a[i], scores + s * 16 * score_bytes + i * 32);
+            multiply_weights<key_tiles, steps>(d, a, rows + s * 16 * ROW_BYTES);
+        }
+    };
+
     int stage = 0;
-    while (step < step_count) {
+    while (head_of < head_end) {
         if (STAGES == 1) {
             __syncthreads();
             copy_piece(0);
@@ -732,45 +743,40 @@ DEVICE void backward_dkdv(const Backward& p) {
         const int first_row = piece_of * PIECE, now = STAGES == 1 ? 0 : stage;
         stage ^= 1;
         float z[1][KEYS / 8][4], dp[1][KEYS / 8][4];
-        u32 weights[KEYS / 16][1][4];
-        float now_stick[1][2] = {{stick[0][0], stick[0][1]}}, now_sum[1][2] = {{sum[0][0], sum[0][1]}};
-        advance();
-        if (step < step_count) {
-            if (STAGES > 1) {
-                copy_piece(stage);
-                copies_commit();
-            }
-            read_state();
-        }
+        float stick[1][2], sum[1][2];
+        read_state(stick, sum);
         multiply_rows<1, KEYS>(z, q_shared + now * piece_bytes + row_offset, k_lane);
         if (tile.first + KEYS > first_row + warp * 16 + p.own_key)
             hide_future<1, KEYS>(z, first_row + row, tile.first + c * (KEYS / 4), p.own_key, p.factor);
         multiply_rows<1, KEYS>(dp, g_shared + now * piece_bytes + row_offset, v_lane);
-        score_gradients<1, true>(z, dp, p.factor, now_stick, now_sum, weights);
-        u8* a_row = a_tile + row * score_bytes + c * 4;
-        u8* dz_row = dz_tile + row * score_bytes + c * 4;
+        score_gradients<1>(z, dp, p.factor, stick, sum, [&](int ch, int, int x, float low, float high) {
+            *(u32*)(a_tile + exchange_lane + exchange_at(ch, x)) = pack_bf16(low, high);
+        });
+        u32 dz[KEYS / 16][1][4];
 #pragma unroll
-        for (int ch = 0; ch < KEYS / 16; ch++) {
-            u32 dz[1][4];
-            pack_chunk<1>(dz, z, ch);
+        for (int ch = 0; ch < KEYS / 16; ch++) pack_chunk<1>(dz[ch], z, ch);
+        auto share_dz = [&]() {
 #pragma unroll
-            for (int x = 0; x < 4; x++) {
-                int at = (x & 1) * 8 * score_bytes + (2 * ch + (x >> 1)) * 16;
-                *(u32*)(a_row + at) = weights[ch][0][x];
-                *(u32*)(dz_row + at) = dz[0][x];
-            }
+            for (int ch = 0; ch < KEYS / 16; ch++)
+#pragma unroll
+                for (int x = 0; x < 4; x++) *(u32*)(dz_tile + exchange_lane + exchange_at(ch, x)) = dz[ch][0][x];
+        };
+        // The next pair's copies start here, not above, where registers are shortest.
+        advance();
+        settle();
+        if (STAGES > 1 && head_of < head_end) {
+            copy_piece(stage);
+            copies_commit();
         }
+        if (two_exchanges) share_dz();
         __syncthreads();
-#pragma unroll
-        for (int s = 0; s < PIECE / 16; s++) {
-            u32 a[key_tiles][4];
-#pragma unroll
-            for (int i = 0; i < key_tiles; i++) load_matrices_transposed(a[i], a_lane + s * 16 * score_bytes + i * 32);
-            multiply_weights<key_tiles, steps>(dv, a, g_shared + now * piece_bytes + dim_offset + s * 16 * ROW_BYTES);
-#pragma unroll
-            for (int i = 0; i < key_tiles; i++) load_matrices_transposed(a[i], dz_lane + s * 16 * score_bytes + i * 32);
-            multiply_weights<key_tiles, steps>(dk, a, q_shared + now * piece_bytes + dim_offset + s * 16 * ROW_BYTES);
+        accumulate(dv, a_lane, g_shared + now * piece_bytes + dim_offset);
+        if (!two_exchanges) {
+            __syncthreads();
+            share_dz();
+            __syncthreads();
         }
+        accumulate(dk, dz_lane, q_shared + now * piece_bytes + dim_offset);
     }
     copies_wait<0>();
     __syncthreads();
