@@ -47,9 +47,30 @@ pub enum KernelError {
         /// What is allowed.
         allowed: String,
     },
+    /// A CUDA library that is not installed, or too old.
+    #[error("{library} cannot be used: {why}")]
+    Library {
+        /// File name of the library.
+        library: &'static str,
+        /// What is wrong with it, and where it was looked for.
+        why: String,
+    },
+    /// The CUDA driver, compiler or a library refused.
+    #[error("CUDA: {doing}: {why}")]
+    Cuda {
+        /// What was being done.
+        doing: String,
+        /// What came back.
+        why: String,
+    },
 }
 
 impl KernelError {
+    /// A [`KernelError::Cuda`] from anything that can be printed.
+    pub(crate) fn cuda(doing: impl std::fmt::Display, why: impl std::fmt::Display) -> Self {
+        Self::Cuda { doing: doing.to_string(), why: why.to_string() }
+    }
+
     /// A [`KernelError::Size`] from anything that can be printed.
     pub fn size(
         op: &'static str,

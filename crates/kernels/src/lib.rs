@@ -16,6 +16,7 @@
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod elementwise;
 pub mod embedding;
 pub mod error;

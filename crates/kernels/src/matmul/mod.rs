@@ -7,6 +7,7 @@
 //! Backward: `dA = dC B^T` and `dB = A^T dC`, the same product with strides swapped; nothing but the inputs is saved.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::error::Result;
 use crate::strided::{check_no_overlap, check_view};

@@ -1,0 +1,150 @@
+//! Finding the CUDA libraries at run time.
+//!
+//! cudarc opens libraries by name and panics if the system's loader does not find them. So each one is opened here first,
+//! also from the places where it commonly lies outside of the loader's path; once a library is loaded, opening it again
+//! by its name finds the loaded one.
+
+#![allow(unsafe_code)]
+
+use crate::{KernelError, Result};
+use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_NOW};
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+/// A library that is looked for at run time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Library {
+    /// The driver, part of every NVIDIA driver installation.
+    Driver,
+    /// The run-time compiler, part of the CUDA toolkit.
+    Nvrtc,
+    /// Matrix products, part of the CUDA toolkit.
+    CublasLt,
+}
+
+impl Library {
+    /// All of them.
+    pub const ALL: [Library; 3] = [Library::Driver, Library::Nvrtc, Library::CublasLt];
+
+    /// The file name that is looked for.
+    pub fn file(self) -> &'static str {
+        match self {
+            Library::Driver => "libcuda.so.1",
+            Library::Nvrtc => "libnvrtc.so.13",
+            Library::CublasLt => "libcublasLt.so.13",
+        }
+    }
+
+    /// What to install if it is missing.
+    fn origin(self) -> &'static str {
+        match self {
+            Library::Driver => "it comes with the NVIDIA driver (580 or newer)",
+            _ => {
+                "it comes with the CUDA toolkit 13 (or the PyPI packages nvidia-cuda-nvrtc and nvidia-cublas); set \
+                 CUDA_HOME or LD_LIBRARY_PATH to where it is"
+            }
+        }
+    }
+
+    /// A file that must be loaded with it, because it looks for that one by name.
+    fn companion(self) -> Option<&'static str> {
+        (self == Library::Nvrtc).then_some("libnvrtc-builtins.so.13.0")
+    }
+}
+
+/// Folders outside of the loader's own path that are looked into, in this order.
+fn folders() -> Vec<PathBuf> {
+    let mut folders = Vec::new();
+    // Beside the program: a folder to copy to a cluster may bring its own.
+    if let Some(folder) = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned())) {
+        folders.extend([folder.join("lib"), folder]);
+    }
+    for variable in ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"] {
+        if let Some(root) = std::env::var_os(variable).map(PathBuf::from) {
+            folders.extend([root.join("lib64"), root.join("targets/x86_64-linux/lib"), root.join("lib")]);
+        }
+    }
+    if let Some(root) = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from) {
+        for python in std::fs::read_dir(root.join("lib")).into_iter().flatten().flatten() {
+            folders.push(python.path().join("site-packages/nvidia/cu13/lib"));
+        }
+    }
+    folders.extend(["/usr/local/cuda/lib64", "/usr/local/cuda-13/lib64", "/opt/cuda/lib64"].map(PathBuf::from));
+    folders
+}
+
+/// What was loaded, and from where. The handles are never closed: cudarc keeps pointers into the libraries.
+static LOADED: Mutex<Vec<(Library, String)>> = Mutex::new(Vec::new());
+
+fn open(path: &std::ffi::OsStr) -> std::result::Result<(), String> {
+    // SAFETY: opening a library runs its initialisers; these are NVIDIA's own libraries, which are made to be opened.
+    let handle = unsafe { Handle::open(Some(path), RTLD_NOW | RTLD_GLOBAL) };
+    handle.map(std::mem::forget).map_err(|e| e.to_string())
+}
+
+/// Loads a library if it is not loaded yet; returns where it was found.
+///
+/// # Errors
+/// If it is nowhere, naming every place that was looked into.
+pub fn require(library: Library) -> Result<String> {
+    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, place)) = loaded.iter().find(|(known, _)| *known == library) {
+        return Ok(place.clone());
+    }
+    let found = |place: String, folder: Option<&PathBuf>| {
+        if let Some(companion) = library.companion() {
+            // Only needed where the library itself cannot find it; that shows when something is compiled.
+            let beside = folder.map_or_else(|| PathBuf::from(companion), |folder| folder.join(companion));
+            let _ = open(beside.as_os_str());
+        }
+        place
+    };
+    let mut reasons = Vec::new();
+    let place = match open(library.file().as_ref()) {
+        Ok(()) => Some(found("the system's loader path".into(), None)),
+        Err(reason) => {
+            reasons.push(format!("the loader's path ({reason})"));
+            folders().into_iter().find_map(|folder| {
+                let path = folder.join(library.file());
+                if !path.exists() {
+                    reasons.push(folder.display().to_string());
+                    return None;
+                }
+                match open(path.as_os_str()) {
+                    Ok(()) => Some(found(path.display().to_string(), Some(&folder))),
+                    Err(reason) => {
+                        reasons.push(format!("{} ({reason})", path.display()));
+                        None
+                    }
+                }
+            })
+        }
+    };
+    match place {
+        Some(place) => {
+            loaded.push((library, place.clone()));
+            Ok(place)
+        }
+        None => Err(KernelError::Library {
+            library: library.file(),
+            why: format!("looked for in {}; {}", reasons.join(", "), library.origin()),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_library_names_the_file_and_every_place() {
+        // Whatever this machine has, a library under another name is not there.
+        for library in Library::ALL {
+            if let Err(error) = require(library) {
+                let message = error.to_string();
+                assert!(message.contains(library.file()), "{message}");
+                assert!(message.contains("/usr/local/cuda/lib64") && message.contains("comes with"), "{message}");
+            }
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! The CUDA runtime under the ops: one [`Gpu`] a device, [`Queue`]s of work on it, views of device memory.
+//!
+//! Nothing of CUDA is needed to build this crate, and nothing is touched until [`Gpu::open`] is called: driver, NVRTC and
+//! cuBLASLt are found at run time ([`library`]). Kernels are text in `cuda/*.cu`, compiled at first use for the card that
+//! is there and kept on disk ([`compile`]).
+//!
+//! * [`DeviceRef`] and [`DeviceMut`] are contiguous device memory with an element type, made from cudarc's slices or from
+//!   raw pointers.
+//! * An op is a function of a [`Queue`], its spec and views. It checks the spec against the views before it launches
+//!   anything; launching itself, the one unsafe act, is in [`launch`].
+//!
+//! **Order.** Work is put on the queue's stream and nothing else. Memory that other streams write or read has to be
+//! ordered by the caller's events; cudarc's own event tracking sees no access made here.
+
+pub mod compile;
+mod device;
+mod launch;
+pub mod library;
+mod queue;
+pub(crate) mod units;
+mod view;
+
+pub use compile::Source;
+pub use device::{Gpu, MemoryInfo};
+pub use launch::{Arg, Kernel, Launch};
+pub use queue::{Memory, Queue, Scratch, Timer};
+pub use units::DeviceView;
+pub use view::{DeviceElement, DeviceMut, DeviceRef, DeviceType, check};
+
+/// Every source that the ops can ask for, so that one test can compile them all without a GPU.
+pub fn all_sources() -> Vec<Source> {
+    let point = [
+        crate::elementwise::cuda::sources(),
+        crate::reduce::cuda::sources(),
+        crate::rms_norm::cuda::sources(),
+        crate::group_norm::cuda::sources(),
+        crate::swiglu::cuda::sources(),
+        crate::rope::cuda::sources(),
+        crate::embedding::cuda::sources(),
+        crate::cross_entropy::cuda::sources(),
+        crate::adamw::cuda::sources(),
+    ];
+    point.concat()
+}
