@@ -46,3 +46,19 @@ pub fn all_sources() -> Vec<Source> {
     ];
     sources.concat()
 }
+
+/// The sources that a model with this head dimension asks for in this type, to be compiled before its first step.
+pub fn sources_for(head_dim: usize, dtype: DeviceType) -> Vec<Source> {
+    let wanted = |source: &Source| {
+        source.defines.iter().all(|(name, value)| match (*name, dtype) {
+            ("HEAD_DIM", DeviceType::Bf16) => *value == head_dim.to_string(),
+            ("HEAD_DIM", _) => false,
+            ("WIDTH", DeviceType::F32) => {
+                value.parse().is_ok_and(|width: usize| (head_dim..2 * head_dim.max(32)).contains(&width))
+            }
+            ("WIDTH", _) => false,
+            _ => true,
+        })
+    };
+    all_sources().into_iter().filter(wanted).collect()
+}
