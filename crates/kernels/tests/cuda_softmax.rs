@@ -62,6 +62,11 @@ fn check<T: Number>(queue: &Queue, spec: &SoftmaxSpec, problem: &Problem<f64>) {
     let expected = [out.o, gradients.dq, gradients.dk, gradients.dv];
     for (index, what) in ["o", "dq", "dk", "dv"].iter().enumerate() {
         let (tensor, row) = limits::<T>()[usize::from(index > 0)];
+        if layout.tokens == 1 && (index == 1 || index == 2) {
+            // The one weight is 1 whatever q and k are: their gradients are zero, in the reference up to its rounding.
+            assert!(found[index].iter().all(|x| x.to_f64().abs() < 1e-4), "{}: {:?}", name(what), found[index]);
+            continue;
+        }
         assert_close(&name(what), &wide(&found[index]), &expected[index], layout.head_dim, tensor, row);
     }
 }

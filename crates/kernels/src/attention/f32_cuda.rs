@@ -346,10 +346,6 @@ impl Plan {
 }
 
 #[cfg(test)]
-#[path = "f32_cuda_tests.rs"]
-mod gpu_tests;
-
-#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -12,9 +12,7 @@
 
 pub mod decode;
 pub(crate) mod decode_cuda;
-#[allow(dead_code, reason = "the plan of stick-breaking attention follows")]
 pub(crate) mod device;
-#[allow(dead_code, reason = "stick-breaking plan follows")]
 pub(crate) mod f32_cuda;
 mod gradients;
 mod pack;

@@ -10,8 +10,6 @@ use super::attention_support::Problem;
 /// An element type of the GPU kernels under test.
 pub trait Number: DeviceElement + PartialEq + std::fmt::Debug {
     const NAME: &'static str;
-    /// Whether two lengths and strides apart still leave addresses that its kernels accept.
-    const STRIDE: usize;
     fn from_f64(x: f64) -> Self;
     fn to_f64(self) -> f64;
     fn bits(self) -> u32;
@@ -19,7 +17,6 @@ pub trait Number: DeviceElement + PartialEq + std::fmt::Debug {
 
 impl Number for f32 {
     const NAME: &'static str = "f32";
-    const STRIDE: usize = 1;
     fn from_f64(x: f64) -> Self {
         x as f32
     }
@@ -33,7 +30,6 @@ impl Number for f32 {
 
 impl Number for bf16 {
     const NAME: &'static str = "bf16";
-    const STRIDE: usize = 8;
     fn from_f64(x: f64) -> Self {
         bf16::from_f64(x)
     }

@@ -315,3 +315,39 @@ fn layout_arguments(layout: &AttentionLayout) -> [Arg; 6] {
 fn factor(scale: f64) -> Arg {
     ((scale * std::f64::consts::LOG2_E) as f32).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_can_be_shared_between_threads() {
+        fn shared<T: Send + Sync>() {}
+        shared::<Plan>();
+    }
+
+    #[test]
+    fn tiles_cover_documents_one_after_another() {
+        let expected: [[i32; 4]; 4] = [[0, 130, 0, 0], [0, 130, 64, 0], [0, 130, 128, 0], [130, 1, 0, 0]];
+        assert_eq!(tile_list(&[0..0, 0..130, 130..131], 64), expected.as_flattened());
+        assert!(tile_list(&[], 64).is_empty());
+    }
+
+    /// Two blocks per multiprocessor of a Hopper card (228 KB, 1 KB of each block is the system's); any block fits an A100.
+    #[test]
+    fn shared_memory_fits() {
+        for head_dim in bf16_head_dims() {
+            let sizes = Sizes::new(head_dim);
+            let rows = [
+                sizes.forward_rows + 2 * sizes.forward_keys,
+                2 * sizes.dq_rows + 4 * sizes.dq_keys,
+                2 * sizes.dkv_keys + 4 * sizes.dkv_queries,
+            ];
+            let bytes = rows.map(|rows| rows * sizes.row_bytes + 4 * sizes.dkv_queries * size_of::<f32>() + 1024);
+            assert!(
+                bytes.iter().all(|&bytes| bytes <= if head_dim > 128 { 163 } else { 114 } << 10),
+                "{head_dim}: {bytes:?}"
+            );
+        }
+    }
+}

@@ -1,19 +1,17 @@
 //! Float32 stick-breaking attention on a GPU against the dense float64 reference.
 
-#[path = "../../tests/attention_support/mod.rs"]
 mod attention_support;
-#[path = "../../tests/cuda_support/mod.rs"]
 mod cuda_support;
 
 use attention_support::{Problem, assert_close, errors};
 use cuda_support::{download, exact, poisoned, queue, same_bits, upload, wide, with_gaps, without_gaps};
 
-use super::{Kind, Plan};
-use crate::attention::documents;
-use crate::attention::stick_breaking::{StickBreakingSpec, reference};
-use crate::cuda::Queue;
+use stickbreak_kernels::attention::AttentionLayout;
+use stickbreak_kernels::attention::stick_breaking::cuda::Plan;
+use stickbreak_kernels::attention::stick_breaking::{StickBreakingSpec, reference};
+use stickbreak_kernels::cuda::{DeviceRef, DeviceType, Queue};
 
-/// o, rem, log2_rem, dq, dk, dv without gaps, and the first key tiles.
+/// o, rem, log2_rem, dq, dk, dv without gaps, and the tiles visited by each head and present in one.
 struct Run {
     outputs: [Vec<f32>; 6],
     visited: (Vec<u64>, u64),
@@ -21,60 +19,38 @@ struct Run {
 
 const NAMES: [&str; 6] = ["o", "rem", "log2_rem", "dq", "dk", "dv"];
 
-/// `most_pairs`: the chunk size of the backward pass, if not the usual one.
-fn run(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64>, most_pairs: Option<usize>) -> Run {
+fn run(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64>) -> Run {
     let layout = &spec.layout;
     let (width, kv_width) = (layout.query_heads * layout.head_dim, layout.kv_heads * layout.head_dim);
-    let rows = layout.tokens * layout.query_heads;
     let q = upload::<f32>(queue, &problem.q, width, layout.query_stride);
     let k = upload::<f32>(queue, &problem.k, kv_width, layout.key_stride);
     let v = upload::<f32>(queue, &problem.v, kv_width, layout.value_stride);
     let d_o = upload::<f32>(queue, &problem.d_o, width, layout.output_stride);
     let d_rem = upload::<f32>(queue, &problem.d_rem, 1, 1);
-    let documents = documents("test", &problem.cu_seqlens, layout.tokens).unwrap();
-    let mut plan = Plan::new(queue, "test", Kind::StickBreaking, layout, &documents).unwrap();
-    if let Some(most) = most_pairs {
-        let (list, chunks) = super::cut(&documents, plan.tile, most);
-        (plan.list, plan.chunks) = (queue.upload(&list).unwrap(), chunks);
-    }
-    let mut o = poisoned::<f32>(queue, layout.tokens * layout.output_stride);
-    let [mut rem, mut log2_rem] = [rows, rows].map(|len| poisoned::<f32>(queue, len));
-    let [mut dq, mut dk, mut dv] = [rows * layout.head_dim, layout.tokens * kv_width, layout.tokens * kv_width]
-        .map(|len| poisoned::<f32>(queue, len));
-    let mut first = queue.upload(&vec![u32::MAX; plan.query_tiles() * layout.query_heads]).unwrap();
-    let inputs = [q.as_ref(), k.as_ref(), v.as_ref()];
-    let early = spec.early_exit_bits > 0;
-    plan.stick_breaking_forward(
-        queue,
-        spec,
-        inputs,
-        &mut o.as_mut(),
-        Some(&mut rem.as_mut()),
-        Some(&mut log2_rem.as_mut()),
-        early.then_some(&mut first.as_mut()),
-    )
-    .unwrap();
-    plan.stick_breaking_backward(
-        queue,
-        spec,
-        inputs,
-        d_o.as_ref(),
-        Some(d_rem.as_ref()),
-        early.then_some(first.as_ref()),
-        [dq.as_mut(), dk.as_mut(), dv.as_mut()],
-    )
-    .unwrap();
-    let first = if early { queue.download::<u32>(first.as_ref()).unwrap() } else { Vec::new() };
-    let o = without_gaps(&download::<f32>(queue, &o), width, layout.output_stride);
-    let [rem, log2_rem, dq, dk, dv] = [&rem, &log2_rem, &dq, &dk, &dv].map(|memory| download::<f32>(queue, memory));
-    Run {
-        outputs: [o, rem, log2_rem, dq, dk, dv],
-        visited: plan.visited_tiles(&documents, spec.attend_current, &first),
-    }
+    let [q, k, v, d_o] = [&q, &k, &v, &d_o].map(|memory| memory.as_ref());
+    let mut run = run_on_device(queue, spec, &problem.cu_seqlens, [q, k, v, d_o, d_rem.as_ref()]);
+    run.outputs[0] = without_gaps(&run.outputs[0], width, layout.output_stride);
+    run
 }
 
-fn check_run(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64>, most_pairs: Option<usize>) {
-    let found = run(queue, spec, problem, most_pairs);
+/// `inputs`: q, k, v, d_o, drem. The rows of o still have their gaps.
+fn run_on_device(queue: &Queue, spec: &StickBreakingSpec, cu_seqlens: &[i32], inputs: [DeviceRef<'_>; 5]) -> Run {
+    let layout = &spec.layout;
+    let [q, k, v, d_o, d_rem] = inputs;
+    let (rows, kv) = (layout.tokens * layout.query_heads, layout.tokens * layout.kv_heads * layout.head_dim);
+    let lengths = [layout.tokens * layout.output_stride, rows, rows, rows * layout.head_dim, kv, kv];
+    let mut outputs = lengths.map(|len| poisoned::<f32>(queue, len));
+    let [o, rem, log2_rem, dq, dk, dv] = outputs.each_mut().map(|memory| memory.as_mut());
+    let (mut o, mut rem, mut log2_rem, mut dq, mut dk, mut dv) = (o, rem, log2_rem, dq, dk, dv);
+    let plan = Plan::new(queue, spec, cu_seqlens, DeviceType::F32).unwrap();
+    let saved = plan.forward(queue, q, k, v, &mut o, Some(&mut rem), Some(&mut log2_rem), true).unwrap().unwrap();
+    plan.backward(queue, q, k, v, d_o, Some(d_rem), &saved, &mut dq, &mut dk, &mut dv).unwrap();
+    let visited = saved.visited_tiles(queue).unwrap();
+    Run { outputs: outputs.each_ref().map(|memory| download::<f32>(queue, memory)), visited }
+}
+
+fn check_run(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64>) {
+    let found = run(queue, spec, problem);
     let dense = StickBreakingSpec { layout: problem.layout, ..*spec };
     let out = reference::forward(&dense, &problem.inputs()).unwrap();
     let gradients = reference::backward(&dense, &problem.inputs(), &problem.d_o, Some(&problem.d_rem)).unwrap();
@@ -88,7 +64,7 @@ fn check_run(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64>, mo
 
 fn check(queue: &Queue, spec: StickBreakingSpec, problem: &Problem<f64>) {
     for attend_current in [false, true] {
-        check_run(queue, &StickBreakingSpec { attend_current, ..spec }, problem, None);
+        check_run(queue, &StickBreakingSpec { attend_current, ..spec }, problem);
     }
 }
 
@@ -139,16 +115,46 @@ fn tokens_at_a_stride() {
     }
 }
 
-/// Long inputs are taken in chunks of query tiles, each of which adds to dk and dv.
+/// So many heads and tokens that the backward pass takes its query tiles in chunks, each of which adds to dk and dv, against
+/// a few of the heads at a time.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn chunks_of_the_backward_pass() {
     let queue = queue();
-    let problem = exact(&[330, 0, 70, 200], (4, 2), 64, 1.0);
-    for attend_current in [false, true] {
-        let spec = StickBreakingSpec { attend_current, ..StickBreakingSpec::new(problem.layout) };
-        for most_pairs in [1, 7] {
-            check_run(&queue, &spec, &problem, Some(most_pairs));
+    let (heads, few, head_dim) = (64, 8, 16);
+    let problem = exact(&[9000, 0, 92], (heads, heads), head_dim, 1.0);
+    let layout = problem.layout;
+    let [q, k, v, d_o] = [&problem.q, &problem.k, &problem.v, &problem.d_o].map(|x| upload::<f32>(&queue, x, 1, 1));
+    let d_rem = upload::<f32>(&queue, &problem.d_rem, 1, 1);
+    let inputs = [&q, &k, &v, &d_o, &d_rem].map(|memory| memory.as_ref());
+    let spec = StickBreakingSpec::new(layout);
+    let all = run_on_device(&queue, &spec, &problem.cu_seqlens, inputs);
+    let AttentionLayout { query_stride, key_stride, value_stride, output_stride, tokens, .. } = layout;
+    for first in [0, 24, 56] {
+        let strides = AttentionLayout {
+            query_stride,
+            key_stride,
+            value_stride,
+            output_stride,
+            ..AttentionLayout::contiguous(tokens, few, few, head_dim)
+        };
+        let of_heads = |values: &[f32], width: usize| -> Vec<f32> {
+            let rows = values.chunks(heads * width);
+            rows.flat_map(|row| row[first * width..(first + few) * width].to_vec()).collect()
+        };
+        let drem: Vec<f64> = problem.d_rem.chunks(heads).flat_map(|row| row[first..first + few].to_vec()).collect();
+        let drem = upload::<f32>(&queue, &drem, 1, 1);
+        let [q, k, v, d_o, _] = inputs.map(|memory| memory.slice(first * head_dim..memory.len().max(first * head_dim)));
+        let part = run_on_device(
+            &queue,
+            &StickBreakingSpec { layout: strides, ..spec },
+            &problem.cu_seqlens,
+            [q, k, v, d_o, drem.as_ref()],
+        );
+        assert!(same_bits(&part.outputs[3], &of_heads(&all.outputs[3], head_dim)), "dq");
+        for index in [4, 5] {
+            let close = errors(&of_heads(&all.outputs[index], head_dim), &wide(&part.outputs[index]), head_dim);
+            assert!(close.tensor < 2e-6 && close.row < 1e-5, "{}: {close:?}", NAMES[index]);
         }
     }
 }
@@ -180,7 +186,7 @@ fn saturated_logits() {
         check(&queue, spec, &problem);
     }
     let (spec, problem) = with_logits(120, |key| if key % 3 == 0 { 300.0 } else { -300.0 });
-    let found = run(&queue, &spec, &problem, None);
+    let found = run(&queue, &spec, &problem);
     assert!(found.outputs.iter().flatten().all(|x| x.is_finite()));
     assert!(found.outputs[2][100] < -10_000.0);
 }
@@ -191,13 +197,13 @@ fn early_exit_stays_within_its_bound_and_visits_less() {
     let queue = queue();
     let problem = exact(&[700, 90], (2, 1), 64, 1.0);
     let full = StickBreakingSpec::new(problem.layout);
-    let all = run(&queue, &full, &problem, None);
+    let all = run(&queue, &full, &problem);
     // 11 * 12 / 2 tiles of 64 x 64 in the long document, 3 in the short one.
     assert_eq!(all.visited, (vec![69, 69], 69));
     let norm = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>().sqrt();
     let max_v = problem.v.chunks(64).map(norm).fold(0.0, f64::max);
     for bits in [10, 20] {
-        let found = run(&queue, &StickBreakingSpec { early_exit_bits: bits, ..full }, &problem, None);
+        let found = run(&queue, &StickBreakingSpec { early_exit_bits: bits, ..full }, &problem);
         assert!(found.visited.0.iter().all(|&visited| visited < 40), "{:?}", found.visited);
         let bound = (-f64::from(bits)).exp2();
         for (found, all) in found.outputs[0].chunks(64).zip(all.outputs[0].chunks(64)) {
@@ -217,9 +223,9 @@ fn the_same_launch_gives_the_same_bits() {
     let queue = queue();
     let problem = exact(&[230, 1, 97], (4, 2), 64, 1.0);
     let spec = StickBreakingSpec { early_exit_bits: 12, ..StickBreakingSpec::new(problem.layout) };
-    let one = run(&queue, &spec, &problem, None);
+    let one = run(&queue, &spec, &problem);
     for _ in 0..3 {
-        let two = run(&queue, &spec, &problem, None);
+        let two = run(&queue, &spec, &problem);
         assert!(one.outputs.iter().zip(&two.outputs).all(|(a, b)| same_bits(a, b)));
         assert_eq!(one.visited, two.visited);
     }
