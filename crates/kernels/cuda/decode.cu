@@ -2,7 +2,7 @@
 // Formulas: src/attention/{stick_breaking,softmax}/mod.rs; semantics: their decode.rs.
 //
 // Reads   q [sequences, heads, head_dim], k, v [sequences, capacity, kv_heads, head_dim] with strides, lengths [sequences]
-//         (keys that each query sees), slopes [heads] or null (ALiBi).
+//         (keys that each query sees, cut to 0 .. capacity), slopes [heads] or null (ALiBi).
 // Writes  o [sequences, heads, head_dim], and for stick-breaking rem [sequences, heads], contiguous; rem is float.
 // Keeps   partial results in float, from the first kernel to the second: o [sequences, heads, pieces, head_dim] and two
 //         numbers [sequences, heads, pieces, 2]: the stick that a piece leaves (of a whole one), or the largest score and
@@ -49,7 +49,7 @@ struct Decode {
     const float* slopes;
     const int* lengths;
     float *part_o, *part_rows;
-    int heads, kv_heads, head_dim, query_stride, cache_stride;
+    int capacity, heads, kv_heads, head_dim, query_stride, cache_stride;
     i64 sequence_stride;
     int piece;
     float scale, threshold;
@@ -111,7 +111,7 @@ template <typename T, bool stick_breaking> DEVICE void decode(const T* q, const 
     const int group = p.heads / p.kv_heads, subgroups = (group + HEADS - 1) / HEADS;
     const int sequence = blockIdx.z, kv_head = blockIdx.y / subgroups, first = blockIdx.y % subgroups * HEADS;
     const int count = min(HEADS, group - first), head = kv_head * group + first;
-    const int length = p.lengths[sequence], start = blockIdx.x * p.piece, end = min(start + p.piece, length);
+    const int length = min(p.lengths[sequence], p.capacity), start = blockIdx.x * p.piece, end = min(start + p.piece, length);
     if (start >= end) return;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int part = threadIdx.x % Row::lanes, slot = threadIdx.x / Row::lanes;
@@ -234,9 +234,9 @@ template <typename T, bool stick_breaking> DEVICE void decode(const T* q, const 
 
 // Joins the pieces of one row, newest first.
 template <typename T, bool stick_breaking>
-DEVICE void join(const float* part_o, const float* part_rows, const int* lengths, T* o, float* rem, int heads, int head_dim,
-                 int pieces, int piece) {
-    const int head = blockIdx.x, sequence = blockIdx.y, length = lengths[sequence];
+DEVICE void join(const float* part_o, const float* part_rows, const int* lengths, T* o, float* rem, int capacity,
+                 int heads, int head_dim, int pieces, int piece) {
+    const int head = blockIdx.x, sequence = blockIdx.y, length = max(0, min(lengths[sequence], capacity));
     const int visited = (length + piece - 1) / piece;
     const i64 row = (i64)sequence * heads + head;
     part_o += row * pieces * head_dim;
@@ -266,16 +266,16 @@ DEVICE void join(const float* part_o, const float* part_rows, const int* lengths
 #define PIECES(name, T, stick_breaking)                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                             \
     name(const T* q, const T* k, const T* v, const float* slopes, const int* lengths, float* part_o, float* part_rows,   \
-         int heads, int kv_heads, int head_dim, int query_stride, int cache_stride, i64 sequence_stride, int piece,      \
-         float scale, float threshold, int vectors) {                                                                   \
-        decode<T, stick_breaking>(q, k, v, {slopes, lengths, part_o, part_rows, heads, kv_heads, head_dim, query_stride,  \
-                                            cache_stride, sequence_stride, piece, scale, threshold, vectors != 0});      \
+         int capacity, int heads, int kv_heads, int head_dim, int query_stride, int cache_stride, i64 sequence_stride,   \
+         int piece, float scale, float threshold, int vectors) {                                                        \
+        decode<T, stick_breaking>(q, k, v, {slopes, lengths, part_o, part_rows, capacity, heads, kv_heads, head_dim,      \
+                                            query_stride, cache_stride, sequence_stride, piece, scale, threshold, vectors != 0});      \
     }
 #define JOIN(name, T, stick_breaking)                                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                             \
-    name(const float* part_o, const float* part_rows, const int* lengths, T* o, float* rem, int heads, int head_dim,         \
-         int pieces, int piece) {                                                                                     \
-        join<T, stick_breaking>(part_o, part_rows, lengths, o, rem, heads, head_dim, pieces, piece);                    \
+    name(const float* part_o, const float* part_rows, const int* lengths, T* o, float* rem, int capacity, int heads,         \
+         int head_dim, int pieces, int piece) {                                                                       \
+        join<T, stick_breaking>(part_o, part_rows, lengths, o, rem, capacity, heads, head_dim, pieces, piece);          \
     }
 
 PIECES(stick_breaking_decode_f32, float, true)

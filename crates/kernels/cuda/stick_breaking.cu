@@ -668,7 +668,7 @@ DEVICE void backward_dkdv(const Backward& p) {
     auto settle = [&]() {
         while (head_of < head_end) {
             bool seen = visible_blocks(min((piece_of + 1) * PIECE, tile.length), p.own_key) > block;
-            if (false)
+            if (seen && p.first_blocks != nullptr)
                 seen = p.first_blocks[(i64)head_of * p.pieces + tile.piece + piece_of] <= block;
             if (seen) break;
             advance();

@@ -3,7 +3,7 @@
 use super::AttentionLayout;
 use super::decode::DecodeLayout;
 use super::device::View;
-use crate::cuda::{Arg, DeviceMut, DeviceRef, DeviceType, Launch, Queue, Scratch, Source, check};
+use crate::cuda::{Arg, DeviceMut, DeviceRef, DeviceType, Launch, Queue, Source, check};
 use crate::{KernelError, Result};
 
 const WIDTHS: [usize; 4] = [32, 64, 128, 256];
@@ -12,37 +12,11 @@ const HEADS: [usize; 2] = [1, 4];
 const THREADS: u32 = 128;
 /// Keys of one tile; a piece is a number of tiles.
 const TILE: usize = 64;
-/// Blocks that are made if the caches are long enough: some per multiprocessor of a large card. A constant, so that the
+/// Blocks that are made if the caches can be long enough: some per multiprocessor of a large card. A constant, so that the
 /// result depends on the shape alone.
 const BLOCKS: usize = 512;
 /// A block reads at least so many keys, or the second kernel costs more than the first gains.
 const SHORTEST_PIECE: usize = 128;
-
-/// How many keys each sequence's query sees, checked and on the device. Made once per step, used by every layer.
-#[derive(Debug)]
-pub struct DecodeLengths {
-    list: Scratch,
-    sequences: usize,
-    longest: usize,
-}
-
-impl DecodeLengths {
-    /// # Errors
-    /// If there is not one length per sequence, between 0 and the capacity.
-    pub fn new(queue: &Queue, layout: &DecodeLayout, lengths: &[i32]) -> Result<Self> {
-        const OP: &str = "decode on CUDA";
-        crate::error::check_len(OP, "lengths", lengths, layout.sequences)?;
-        for (position, &length) in lengths.iter().enumerate() {
-            if usize::try_from(length).map_or(true, |length| length > layout.capacity) {
-                let (what, value) = ("lengths", i64::from(length));
-                let allowed = format!("between 0 and the capacity, {}", layout.capacity);
-                return Err(KernelError::Index { op: OP, what, position, value, allowed });
-            }
-        }
-        let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
-        Ok(Self { list: queue.upload(lengths)?, sequences: lengths.len(), longest })
-    }
-}
 
 /// All that can be asked for.
 pub(crate) fn sources() -> Vec<Source> {
@@ -68,7 +42,8 @@ pub(crate) struct Call<'a> {
     pub q: DeviceRef<'a>,
     pub k: DeviceRef<'a>,
     pub v: DeviceRef<'a>,
-    pub lengths: &'a DecodeLengths,
+    /// One i32 per sequence.
+    pub lengths: DeviceRef<'a>,
 }
 
 impl Call<'_> {
@@ -106,14 +81,8 @@ impl Call<'_> {
         if let Some(rem) = rem {
             check(op, "rem", (rem.len(), rem.dtype()), layout.sequences * layout.query_heads, &[DeviceType::F32])?;
         }
-        let lengths = self.lengths;
-        if lengths.sequences != layout.sequences {
-            return Err(KernelError::size(op, "sequences of lengths", layout.sequences, lengths.sequences));
-        }
-        if lengths.longest > layout.capacity {
-            let expected = format!("at most the capacity, {}", layout.capacity);
-            return Err(KernelError::size(op, "the longest of lengths", expected, lengths.longest));
-        }
+        let lengths = (self.lengths.len(), self.lengths.dtype());
+        check(op, "lengths", lengths, layout.sequences, &[DeviceType::I32])?;
         Ok(dtype)
     }
 
@@ -127,7 +96,7 @@ impl Call<'_> {
     }
 
     /// Checks, then launches both kernels.
-    pub fn run(&self, queue: &Queue, o: &mut DeviceMut<'_>, mut rem: Option<&mut DeviceMut<'_>>) -> Result<()> {
+    pub fn run(&self, queue: &Queue, o: &mut DeviceMut<'_>, rem: Option<&mut DeviceMut<'_>>) -> Result<()> {
         let dtype = self.check(o, rem.as_deref())?;
         let layout = self.layout;
         let rows = layout.sequences * layout.query_heads;
@@ -136,8 +105,8 @@ impl Call<'_> {
         }
         let heads = if layout.group() == 1 { 1 } else { 4 };
         let blocks = layout.kv_heads * layout.group().div_ceil(heads);
-        let piece = piece(self.lengths.longest, blocks * layout.sequences);
-        let pieces = self.lengths.longest.div_ceil(piece);
+        let piece = piece(layout.capacity, blocks * layout.sequences);
+        let pieces = layout.capacity.div_ceil(piece);
         let mut part_o = queue.scratch(DeviceType::F32, rows * pieces * layout.head_dim)?;
         let mut part_rows = queue.scratch(DeviceType::F32, rows * pieces * 2)?;
         let width = WIDTHS.into_iter().find(|&width| width >= layout.head_dim).unwrap_or(256);
@@ -151,9 +120,10 @@ impl Call<'_> {
             self.k.into(),
             self.v.into(),
             Arg::optional(self.slopes),
-            self.lengths.list.as_ref().into(),
+            self.lengths.into(),
             (&mut part_o.as_mut()).into(),
             (&mut part_rows.as_mut()).into(),
+            size(layout.capacity),
             size(layout.query_heads),
             size(layout.kv_heads),
             size(layout.head_dim),
@@ -170,9 +140,10 @@ impl Call<'_> {
         let arguments = [
             part_o.as_ref().into(),
             part_rows.as_ref().into(),
-            self.lengths.list.as_ref().into(),
+            self.lengths.into(),
             o.into(),
-            Arg::optional_mut(rem.as_deref_mut()),
+            Arg::optional_mut(rem),
+            size(layout.capacity),
             size(layout.query_heads),
             size(layout.head_dim),
             size(pieces),
@@ -183,8 +154,8 @@ impl Call<'_> {
 }
 
 /// Keys per piece: a power of two, so that a growing cache seldom cuts differently.
-fn piece(longest: usize, blocks: usize) -> usize {
-    (longest * blocks).div_ceil(BLOCKS).next_power_of_two().max(SHORTEST_PIECE)
+fn piece(capacity: usize, blocks: usize) -> usize {
+    (capacity * blocks).div_ceil(BLOCKS).next_power_of_two().max(SHORTEST_PIECE)
 }
 
 const _: () = assert!(SHORTEST_PIECE.is_multiple_of(TILE));

@@ -346,6 +346,10 @@ impl Plan {
 }
 
 #[cfg(test)]
+#[path = "f32_cuda_tests.rs"]
+mod gpu_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

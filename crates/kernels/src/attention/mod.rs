@@ -11,7 +11,7 @@
 //! Memory is linear in the number of tokens: nothing of size tokens x tokens is kept or even held.
 
 pub mod decode;
-pub mod decode_cuda;
+pub(crate) mod decode_cuda;
 #[allow(dead_code, reason = "the plan of stick-breaking attention follows")]
 pub(crate) mod device;
 #[allow(dead_code, reason = "stick-breaking plan follows")]

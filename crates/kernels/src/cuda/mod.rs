@@ -29,7 +29,7 @@ pub use view::{DeviceElement, DeviceMut, DeviceRef, DeviceType, check};
 
 /// Every source that the ops can ask for, so that one test can compile them all without a GPU.
 pub fn all_sources() -> Vec<Source> {
-    let sources = [
+    let point = [
         crate::elementwise::cuda::sources(),
         crate::reduce::cuda::sources(),
         crate::rms_norm::cuda::sources(),
@@ -39,10 +39,12 @@ pub fn all_sources() -> Vec<Source> {
         crate::embedding::cuda::sources(),
         crate::cross_entropy::cuda::sources(),
         crate::adamw::cuda::sources(),
+    ];
+    let attention = [
         crate::attention::f32_cuda::sources(),
         crate::attention::softmax::cuda::sources(),
         crate::attention::stick_breaking::cuda::sources(),
         crate::attention::decode_cuda::sources(),
     ];
-    sources.concat()
+    [point.concat(), attention.concat()].concat()
 }
