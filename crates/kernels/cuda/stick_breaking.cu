@@ -43,6 +43,12 @@
 #ifndef FORWARD_BLOCKS
 #define FORWARD_BLOCKS 2
 #endif
+#ifndef STICKS_BLOCKS
+#define STICKS_BLOCKS 3
+#endif
+#ifndef STICKS_LENGTH
+#define STICKS_LENGTH 8
+#endif
 #ifndef DQ_WARPS
 #define DQ_WARPS 4
 #endif
@@ -54,6 +60,19 @@
 #endif
 #ifndef DKDV_BLOCKS
 #define DKDV_BLOCKS (STAGES > 1 && (HEAD_DIM == 16 || HEAD_DIM == 32 || HEAD_DIM == 64) ? 3 : 2)
+#endif
+#ifdef VOTE_LATE
+#define ADD_EARLY
+#define ADD_LATE add_values();
+#else
+#define ADD_EARLY add_values();
+#define ADD_LATE
+#endif
+#ifndef PREFETCH
+#define PREFETCH 0
+#endif
+#ifndef COPY_LATE
+#define COPY_LATE 1
 #endif
 #ifndef STAGES
 #define STAGES 2
@@ -140,25 +159,26 @@ DEVICE float log2_of_one_plus(float x) {
     return x < 0.25f ? x * series : __log2f(1.0f + x);
 }
 
-// Per row: the odds replace the scores; the weights A, packed, if wanted. `stick` is what newer keys leave and becomes what
-// these keys leave. `log2_stick` collects its logarithm if wanted.
-//
-// A few keys share one reciprocal of their product of 1 + e. False, and nothing of use, if that product is so large
-// somewhere that it or its inverse could leave the range of a float (or is NaN).
+// Keys of one row that share a reciprocal: their product of 1 + e is formed first.
+template <bool want_weights> constexpr __device__ int chunk_length() { return want_weights ? 4 : STICKS_LENGTH; }
+
+// The odds replace the scores; `inverse` takes the inverse products of 1 + e of each lane's chunks of keys. False if such a
+// product is so large somewhere that it or its inverse could leave the range of a float (or is NaN): then nothing here is
+// of use. `log2_left`: the binary logarithm of what the lane's keys leave, if wanted.
 template <int row_tiles, int keys, bool want_weights, bool want_log>
-DEVICE bool break_sticks(float (&z)[row_tiles][keys / 8][4], float factor, float (&stick)[row_tiles][2],
-                         float (&log2_stick)[row_tiles][2], u32 (&weights)[keys / 16][row_tiles][4]) {
-    constexpr int length = want_weights ? 4 : 8, chunks = keys / 4 / length;
+DEVICE bool take_odds(float (&z)[row_tiles][keys / 8][4], float factor,
+                      float (&inverse)[row_tiles][2][keys / 4 / chunk_length<want_weights>()],
+                      float (&log2_left)[row_tiles][2]) {
+    constexpr int length = chunk_length<want_weights>(), chunks = keys / 4 / length;
     // Times a stick of more than 2^-60, the smallest inverse is still a normal float. Without weights only the product of
     // sticks is formed.
-    constexpr float least = want_weights ? 8.6736174e-19f : 7.5231638e-37f;  // 2^-60, 2^-120
+    constexpr float least = length == 4 ? 8.6736174e-19f : 7.5231638e-37f;  // 2^-60, 2^-120
     bool fine = true;
 #pragma unroll
     for (int i = 0; i < row_tiles; i++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float inverse[chunks];
-            float total = 1.0f, log = 0.0f;
+            log2_left[i][r] = 0.0f;
 #pragma unroll
             for (int ch = 0; ch < chunks; ch++) {
                 float w = 1.0f, grown = 0.0f;
@@ -169,25 +189,49 @@ DEVICE bool break_sticks(float (&z)[row_tiles][keys / 8][4], float factor, float
                     w = x == length * ch ? 1.0f + e : fmaf(w, e, w);
                     if (want_log) grown = fmaf(grown, e, grown + e);
                 }
-                inverse[ch] = rcp_approx(w);
-                fine = fine && inverse[ch] >= least;
-                if (want_log) log += log2_of_one_plus(grown);
-                total = ch == 0 ? inverse[ch] : total * inverse[ch];
+                inverse[i][r][ch] = rcp_approx(w);
+                fine = fine && inverse[i][r][ch] >= least;
+                if (want_log) log2_left[i][r] -= log2_of_one_plus(grown);
             }
+        }
+    return fine;
+}
+
+// From the odds and inverse products: `stick` is what newer keys leave and becomes what these keys leave, `log2_stick` its
+// logarithm if wanted; the weights A, packed, if wanted.
+template <int row_tiles, int keys, bool want_weights, bool want_log>
+DEVICE void break_sticks(const float (&z)[row_tiles][keys / 8][4],
+                         const float (&inverse)[row_tiles][2][keys / 4 / chunk_length<want_weights>()],
+                         const float (&log2_left)[row_tiles][2], float (&stick)[row_tiles][2],
+                         float (&log2_stick)[row_tiles][2], u32 (&weights)[keys / 16][row_tiles][4]) {
+    constexpr int chunks = keys / 4 / chunk_length<want_weights>();
+    float left[row_tiles][2];
+#pragma unroll
+    for (int i = 0; i < row_tiles; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float total = inverse[i][r][0];
+#pragma unroll
+            for (int ch = 1; ch < chunks; ch++) total *= inverse[i][r][ch];
             float newer, all;
             scan_products(total, newer, all);
-            float left = stick[i][r] * newer;
+            left[i][r] = stick[i][r] * newer;
             stick[i][r] *= all;
             if (want_log) {
                 float older, sum;
-                scan_sums(log, older, sum);
-                log2_stick[i][r] -= sum;
+                scan_sums(log2_left[i][r], older, sum);
+                log2_stick[i][r] += sum;
             }
-            if (want_weights) {
+        }
+    if (want_weights) {
 #pragma unroll
-                for (int ch = chunks - 1; ch >= 0; ch--) {
-                    left *= inverse[ch];
-                    float s = left, a[4];
+        for (int ch = chunks - 1; ch >= 0; ch--)
+#pragma unroll
+            for (int i = 0; i < row_tiles; i++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    left[i][r] *= inverse[i][r][ch];
+                    float s = left[i][r], a[4];
 #pragma unroll
                     for (int x = 0; x < 4; x++) {
                         a[x] = z[i][2 * ch + (x >> 1)][2 * r + (x & 1)] * s;
@@ -196,9 +240,7 @@ DEVICE bool break_sticks(float (&z)[row_tiles][keys / 8][4], float factor, float
                     weights[ch][i][r] = pack_bf16(a[0], a[1]);
                     weights[ch][i][2 + r] = pack_bf16(a[2], a[3]);
                 }
-            }
-        }
-    return fine;
+    }
 }
 
 // The same for any scores, with one reciprocal per key.
@@ -339,34 +381,33 @@ template <bool want_values, bool want_log, int warps, int row_tiles, int keys> D
         }
         const int stage = STAGES == 1 ? 0 : b & 1;
         if (b * keys < warp_row + row_tiles * 16 - 1 + p.own_key) {
-            float z[row_tiles][keys / 8][4], stick_before[row_tiles][2], log2_before[row_tiles][2];
+            float z[row_tiles][keys / 8][4], log2_left[row_tiles][2];
+            float inverse[row_tiles][2][keys / 4 / chunk_length<want_values>()];
             u32 weights[keys / 16][row_tiles][4];
             auto score = [&]() {
                 multiply_rows<row_tiles, keys>(z, q_lane, k_lane + stage * tile_bytes);
                 if ((b + 1) * keys > warp_row + p.own_key)
                     hide_future<row_tiles, keys>(z, row, b * keys + c * (keys / 4), p.own_key, p.factor);
             };
+            // From the newest key on.
+            auto add_values = [&]() {
+                if (want_values) {
 #pragma unroll
-            for (int i = 0; i < 2 * row_tiles; i++) {
-                stick_before[i / 2][i % 2] = stick[i / 2][i % 2];
-                log2_before[i / 2][i % 2] = log2_stick[i / 2][i % 2];
-            }
-            score();
-            bool fine = break_sticks<row_tiles, keys, want_values, want_log>(z, p.factor, stick, log2_stick, weights);
-            if (!__all_sync(FULL_MASK, fine)) {
-#pragma unroll
-                for (int i = 0; i < 2 * row_tiles; i++) {
-                    stick[i / 2][i % 2] = stick_before[i / 2][i % 2];
-                    log2_stick[i / 2][i % 2] = log2_before[i / 2][i % 2];
+                    for (int ch = keys / 16 - 1; ch >= 0; ch--)
+                        multiply_weights<row_tiles, DIM_STEPS>(o, weights[ch], v_lane + stage * tile_bytes + ch * 16 * ROW_BYTES);
                 }
+            };
+            score();
+            bool fine = take_odds<row_tiles, keys, want_values, want_log>(z, p.factor, inverse, log2_left);
+            if (__all_sync(FULL_MASK, fine)) {
+                break_sticks<row_tiles, keys, want_values, want_log>(z, inverse, log2_left, stick, log2_stick, weights);
+                ADD_EARLY
+            } else {
                 score();
                 break_saturated_sticks<row_tiles, keys, want_values, want_log>(z, p.factor, stick, log2_stick, weights);
+                ADD_EARLY
             }
-            if (want_values) {
-#pragma unroll
-                for (int ch = 0; ch < keys / 16; ch++)
-                    multiply_weights<row_tiles, DIM_STEPS>(o, weights[ch], v_lane + stage * tile_bytes + ch * 16 * ROW_BYTES);
-            }
+            ADD_LATE
         }
         if (b * keys % KEYS != 0) continue;
         if (sticks != nullptr && c == 0 && b * keys / KEYS < piece_blocks) {
@@ -578,6 +619,8 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
     const u32 k_lane = k_shared + units_first(ROW_BYTES), v_lane = v_shared + units_first(ROW_BYTES);
     const u32 k_rows = k_shared + rows_first(ROW_BYTES);
 
+    float next_stick[row_tiles][2];
+    if (PREFETCH && oldest < blocks) read_sticks(max(oldest, piece_oldest), next_stick);
     for (int b = oldest; b < blocks; b++) {
         if (STAGES == 1) {
             __syncthreads();
@@ -600,7 +643,10 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
         }
         if (b * KEYS < warp_row + row_tiles * 16 - 1 + p.own_key) {
             float z[row_tiles][KEYS / 8][4], dp[row_tiles][KEYS / 8][4], stick[row_tiles][2];
-            read_sticks(b, stick);
+            if (!PREFETCH) read_sticks(b, next_stick);
+#pragma unroll
+            for (int i = 0; i < 2 * row_tiles; i++) stick[i / 2][i % 2] = next_stick[i / 2][i % 2];
+            if (PREFETCH && b + 1 < blocks) read_sticks(b + 1, next_stick);
             multiply_rows<row_tiles, KEYS>(z, q_lane, k_lane + stage * TILE_BYTES);
             if ((b + 1) * KEYS > warp_row + p.own_key) hide_future<row_tiles, KEYS>(z, row, b * KEYS + c * (KEYS / 4), p.own_key, p.factor);
             multiply_rows<row_tiles, KEYS>(dp, g_lane, v_lane + stage * TILE_BYTES);
@@ -668,7 +714,7 @@ DEVICE void backward_dkdv(const Backward& p) {
     auto settle = [&]() {
         while (head_of < head_end) {
             bool seen = visible_blocks(min((piece_of + 1) * PIECE, tile.length), p.own_key) > block;
-            if (false)
+            if (seen && p.first_blocks != nullptr)
                 seen = p.first_blocks[(i64)head_of * p.pieces + tile.piece + piece_of] <= block;
             if (seen) break;
             advance();
@@ -732,6 +778,8 @@ DEVICE void backward_dkdv(const Backward& p) {
     };
 
     int stage = 0;
+    float stick[1][2], sum[1][2];
+    if (PREFETCH && head_of < head_end) read_state(stick, sum);
     while (head_of < head_end) {
         if (STAGES == 1) {
             __syncthreads();
@@ -743,8 +791,15 @@ DEVICE void backward_dkdv(const Backward& p) {
         const int first_row = piece_of * PIECE, now = STAGES == 1 ? 0 : stage;
         stage ^= 1;
         float z[1][KEYS / 8][4], dp[1][KEYS / 8][4];
-        float stick[1][2], sum[1][2];
-        read_state(stick, sum);
+        if (!PREFETCH) read_state(stick, sum);
+        if (!COPY_LATE) {
+        advance();
+        settle();
+        if (STAGES > 1 && head_of < head_end) {
+            copy_piece(stage);
+            copies_commit();
+        }
+        }
         multiply_rows<1, KEYS>(z, q_shared + now * piece_bytes + row_offset, k_lane);
         if (tile.first + KEYS > first_row + warp * 16 + p.own_key)
             hide_future<1, KEYS>(z, first_row + row, tile.first + c * (KEYS / 4), p.own_key, p.factor);
@@ -762,11 +817,14 @@ DEVICE void backward_dkdv(const Backward& p) {
                 for (int x = 0; x < 4; x++) *(u32*)(dz_tile + exchange_lane + exchange_at(ch, x)) = dz[ch][0][x];
         };
         // The next pair's copies start here, not above, where registers are shortest.
+        if (COPY_LATE) {
         advance();
         settle();
         if (STAGES > 1 && head_of < head_end) {
             copy_piece(stage);
             copies_commit();
+        }
+        if (PREFETCH && head_of < head_end) read_state(stick, sum);
         }
         if (two_exchanges) share_dz();
         __syncthreads();
@@ -814,7 +872,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_WARPS * 32, FORWARD_BLOCKS)
 extern "C" __global__ void __launch_bounds__(FORWARD_WARPS * FORWARD_ROW_TILES * 32, 1) stick_breaking_forward_log_bf16(FORWARD_PARAMETERS) {
     forward<true, true, FORWARD_WARPS * FORWARD_ROW_TILES, 1, FORWARD_KEYS>(FORWARD_ARGUMENTS);
 }
-extern "C" __global__ void __launch_bounds__(FORWARD_WARPS * 32, FORWARD_BLOCKS) stick_breaking_sticks_bf16(FORWARD_PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(FORWARD_WARPS * 32, STICKS_BLOCKS) stick_breaking_sticks_bf16(FORWARD_PARAMETERS) {
     forward<false, false, FORWARD_WARPS, FORWARD_ROW_TILES, KEYS>(FORWARD_ARGUMENTS);
 }
 extern "C" __global__ void __launch_bounds__(DQ_WARPS * 32, DQ_BLOCKS) stick_breaking_backward_dq_bf16(BACKWARD_PARAMETERS) {

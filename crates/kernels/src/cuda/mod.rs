@@ -29,7 +29,7 @@ pub use view::{DeviceElement, DeviceMut, DeviceRef, DeviceType, check};
 
 /// Every source that the ops can ask for, so that one test can compile them all without a GPU.
 pub fn all_sources() -> Vec<Source> {
-    let sources = [
+    let pointwise = [
         crate::elementwise::cuda::sources(),
         crate::reduce::cuda::sources(),
         crate::rms_norm::cuda::sources(),
@@ -39,12 +39,14 @@ pub fn all_sources() -> Vec<Source> {
         crate::embedding::cuda::sources(),
         crate::cross_entropy::cuda::sources(),
         crate::adamw::cuda::sources(),
+    ];
+    let attention = [
         crate::attention::f32_cuda::sources(),
         crate::attention::softmax::cuda::sources(),
         crate::attention::stick_breaking::cuda::sources(),
         crate::attention::decode_cuda::sources(),
     ];
-    sources.concat()
+    [pointwise.concat(), attention.concat()].concat()
 }
 
 /// The sources that a model with this head dimension asks for in this type, to be compiled before its first step.
