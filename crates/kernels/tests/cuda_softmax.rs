@@ -48,7 +48,7 @@ fn limits<T: Number>() -> [(f64, f64); 2] {
     if T::TYPE == DeviceType::F32 { [(2e-5, 1e-4); 2] } else { [(4e-3, 2e-2), (1e-2, 3e-2)] }
 }
 
-fn check<T: Number>(queue: &Queue, spec: &SoftmaxSpec, problem: &Problem<f64>) {
+fn check<T: Number>(queue: &Queue, spec: &SoftmaxSpec, problem: &Problem<f64>, peaked: bool) {
     let (found, lse) = run::<T>(queue, spec, problem);
     let dense = SoftmaxSpec { layout: problem.layout, ..spec.clone() };
     let out = reference::forward(&dense, &problem.inputs()).unwrap();
@@ -61,7 +61,12 @@ fn check<T: Number>(queue: &Queue, spec: &SoftmaxSpec, problem: &Problem<f64>) {
     assert_close(&name("lse"), &wide(&lse), &out.logsumexp, 1, 2e-5, 1e-4);
     let expected = [out.o, gradients.dq, gradients.dk, gradients.dv];
     for (index, what) in ["o", "dq", "dk", "dv"].iter().enumerate() {
-        let (tensor, row) = limits::<T>()[usize::from(index > 0)];
+        let (mut tensor, mut row) = limits::<T>()[usize::from(index > 0)];
+        // dz = A (do.v - do.o), and o was rounded to bfloat16: where a row has one weight near 1 or two keys in all, the
+        // difference is much smaller than its terms, and so is what is left of it compared with the rounding.
+        if T::TYPE == DeviceType::Bf16 && (index == 1 || index == 2) && (peaked || layout.tokens == 2) {
+            (tensor, row) = (1e-1, 3e-1);
+        }
         if layout.tokens == 1 && (index == 1 || index == 2) {
             // The one weight is 1 whatever q and k are: their gradients are zero, in the reference up to its rounding.
             assert!(found[index].iter().all(|x| x.to_f64().abs() < 1e-4), "{}: {:?}", name(what), found[index]);
@@ -75,9 +80,9 @@ fn check_both(queue: &Queue, lengths: &[usize], heads: (usize, usize), head_dim:
     let problem = exact(lengths, heads, head_dim, spread);
     for alibi in [None, Some(alibi_slopes(heads.0))] {
         let spec = SoftmaxSpec { alibi, ..SoftmaxSpec::new(problem.layout) };
-        check::<f32>(queue, &spec, &problem);
+        check::<f32>(queue, &spec, &problem, false);
         if head_dim.is_multiple_of(8) && head_dim >= 16 {
-            check::<bf16>(queue, &spec, &problem);
+            check::<bf16>(queue, &spec, &problem, false);
         }
     }
 }
@@ -130,8 +135,8 @@ fn tokens_at_a_stride() {
     for (head_dim, gap) in [(64, 8), (24, 40), (128, 16)] {
         let problem = exact(&[70, 133], (4, 2), head_dim, 1.0);
         let spec = SoftmaxSpec::new(with_gaps(&problem.layout, gap));
-        check::<bf16>(&queue, &spec, &problem);
-        check::<f32>(&queue, &spec, &problem);
+        check::<bf16>(&queue, &spec, &problem, false);
+        check::<f32>(&queue, &spec, &problem, false);
         check::<f32>(&queue, &SoftmaxSpec::new(with_gaps(&problem.layout, 3)), &problem);
     }
 }
@@ -144,8 +149,8 @@ fn scales_and_large_scores() {
         let problem = exact(&[300], (2, 2), head_dim, 1.0);
         for scale in [-0.3, 0.0, 1.0 / head_dim as f64] {
             let spec = SoftmaxSpec { scale, ..SoftmaxSpec::new(problem.layout) };
-            check::<f32>(&queue, &spec, &problem);
-            check::<bf16>(&queue, &spec, &problem);
+            check::<f32>(&queue, &spec, &problem, false);
+            check::<bf16>(&queue, &spec, &problem, false);
         }
         // Scores of some hundreds: nothing overflows, and the largest one takes all.
         let problem = exact(&[300], (2, 2), head_dim, 100.0);
@@ -167,8 +172,8 @@ fn scores_that_rise_and_fall() {
             problem.k[token * 32] = f64::from(bf16::from_f64(slope * token as f64));
         }
         let spec = SoftmaxSpec { scale: 1.0, ..SoftmaxSpec::new(problem.layout) };
-        check::<f32>(&queue, &spec, &problem);
-        check::<bf16>(&queue, &spec, &problem);
+        check::<f32>(&queue, &spec, &problem, true);
+        check::<bf16>(&queue, &spec, &problem, true);
     }
 }
 
