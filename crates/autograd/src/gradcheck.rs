@@ -84,10 +84,10 @@ pub fn gradcheck(
     let mut report = Report { worst_error: 0.0, elements: 0 };
     for (input, tensor) in inputs.iter().enumerate() {
         let analytic = match gradients.get(&vars[input]) {
-            Some(gradient) => gradient.to_f64_vec(),
+            Some(gradient) => gradient.to_f64_vec()?,
             None => vec![0.0; tensor.elements()],
         };
-        let values = tensor.to_f64_vec();
+        let values = tensor.to_f64_vec()?;
         for element in spread(values.len(), options.elements_per_input) {
             let step = options.step * values[element].abs().max(1.0);
             let shifted = |by: f64| -> Result<f64> {
@@ -139,7 +139,7 @@ fn with_layout_of(original: &Tensor, values: Vec<f64>) -> Result<Tensor> {
         return Ok(tensor);
     }
     let last = original.rank() - 1;
-    Ok(tensor.transpose(last - 1, last)?.copy().transpose(last - 1, last)?)
+    Ok(tensor.transpose(last - 1, last)?.copy()?.transpose(last - 1, last)?)
 }
 
 type Function = Box<dyn for<'t> Fn(&'t Tape, &[Var<'t>]) -> Result<Var<'t>>>;
@@ -168,7 +168,7 @@ impl Case {
                 return normal;
             }
             let swapped = |t: &Tensor| t.transpose(rank - 2, rank - 1).expect("two dimensions");
-            swapped(&swapped(&normal).copy())
+            swapped(&swapped(&normal).copy().expect("memory of the host is not refused"))
         });
         Self { name: name.into(), inputs: inputs.collect(), function: Box::new(function) }
     }
@@ -176,7 +176,7 @@ impl Case {
     /// The same case with inputs mapped to where the function is smooth (a logarithm needs positive ones).
     pub fn map_inputs(mut self, map: impl Fn(f64) -> f64) -> Self {
         for input in &mut self.inputs {
-            let values = input.to_f64_vec().into_iter().map(&map).collect();
+            let values = input.to_f64_vec().expect("memory of the host").into_iter().map(&map).collect();
             *input = with_layout_of(input, values).expect("the same number of values");
         }
         self

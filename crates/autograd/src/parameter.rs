@@ -5,7 +5,7 @@
 
 use crate::error::{AutogradError, Result};
 use std::ops::Range;
-use stickbreak_tensor::{DType, Shape, Tensor};
+use stickbreak_tensor::{DType, Device, Shape, Tensor};
 
 /// Names a parameter within its arena: its position in the order of registration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -34,11 +34,17 @@ pub struct ArenaEntry {
 }
 
 /// All parameters of a model, their values and gradients flat and parallel to each other.
+///
+/// With bfloat16 values the arena also holds *master* values in float32: an update is often smaller than half a step of
+/// bfloat16 and would be lost. The optimizer changes the master, [`publish`](ParameterArena::publish) rounds it into the
+/// values that the ops read, and gradients are summed in float32.
 #[derive(Debug, Clone)]
 pub struct ParameterArena {
     entries: Vec<ArenaEntry>,
     values: Tensor,
     gradients: Tensor,
+    /// The same tensor as `values` unless those are bfloat16.
+    master: Tensor,
 }
 
 /// Collects names and shapes, then allocates the arena.
@@ -62,13 +68,21 @@ impl ArenaBuilder {
         ParameterId(self.entries.len() - 1)
     }
 
-    /// Allocates the arena, all zeros.
+    /// Allocates the arena on the CPU, all zeros.
     pub fn build(self, dtype: DType) -> ParameterArena {
-        ParameterArena {
-            entries: self.entries,
-            values: Tensor::zeros([self.length], dtype),
-            gradients: Tensor::zeros([self.length], dtype),
-        }
+        self.build_on(dtype, Device::Cpu).expect("memory of the host is not refused")
+    }
+
+    /// Allocates the arena on a device, all zeros.
+    ///
+    /// # Errors
+    /// If the device cannot be used, has not the memory, or does not compute in `dtype`.
+    pub fn build_on(self, dtype: DType, device: Device) -> Result<ParameterArena> {
+        let sums = if dtype == DType::BF16 { DType::F32 } else { dtype };
+        let values = Tensor::zeros_on([self.length], dtype, device)?;
+        let gradients = Tensor::zeros_on([self.length], sums, device)?;
+        let master = if sums == dtype { values.clone() } else { Tensor::zeros_on([self.length], sums, device)? };
+        Ok(ParameterArena { entries: self.entries, values, gradients, master })
     }
 }
 
@@ -78,9 +92,35 @@ impl ParameterArena {
         &self.entries
     }
 
-    /// All values, `[n]`; gaps between parameters are zero.
+    /// All values as the ops read them, `[n]`; gaps between parameters are zero.
     pub fn values(&self) -> &Tensor {
         &self.values
+    }
+
+    /// All values as the optimizer keeps them, `[n]`: float32 beside bfloat16 values, else the values themselves.
+    pub fn master(&self) -> &Tensor {
+        &self.master
+    }
+
+    /// Rounds the master values into those that the ops read, after the master was written.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn publish(&self) -> Result<()> {
+        if !self.master.shares_storage(&self.values) {
+            self.values.copy_assign(&self.master.to_dtype(self.values.dtype())?)?;
+        }
+        Ok(())
+    }
+
+    /// The master values of the parameter with this id.
+    ///
+    /// # Errors
+    /// If the arena has no such parameter.
+    pub fn master_of(&self, id: ParameterId) -> Result<Tensor> {
+        let unknown = AutogradError::UnknownParameter { id, parameters: self.entries.len() };
+        let ArenaEntry { range, shape, .. } = self.entries.get(id.0).ok_or(unknown)?;
+        Ok(self.master.narrow(0, range.start, range.len())?.reshape(shape)?)
     }
 
     /// All gradients, `[n]`.
@@ -93,7 +133,7 @@ impl ParameterArena {
     /// # Errors
     /// If the arena's dtype is none that the device computes in.
     pub fn zero_gradients(&self) -> Result<()> {
-        Ok(self.gradients.fill_assign(0.0)?)
+        Ok(self.gradients.zero_assign()?)
     }
 
     /// The parameter with this id.

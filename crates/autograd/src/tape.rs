@@ -5,7 +5,7 @@ use crate::parameter::{Parameter, ParameterId};
 use crate::var::Var;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use stickbreak_tensor::{DType, Shape, Tensor};
+use stickbreak_tensor::{DType, Device, Shape, Tensor};
 
 /// A differentiable op after its forward pass: exactly what its backward needs.
 ///
@@ -44,6 +44,7 @@ pub(crate) struct Slot(pub(crate) usize);
 pub(crate) struct SlotState {
     pub(crate) shape: Shape,
     dtype: DType,
+    device: Device,
     gradient: Option<Tensor>,
     /// A parameter's gradient lies in its arena instead.
     pub(crate) parameter: Option<Parameter>,
@@ -110,8 +111,8 @@ impl Tape {
 
     fn new_slot(&self, value: &Tensor, parameter: Option<Parameter>) -> Slot {
         let mut slots = self.slots.borrow_mut();
-        let (shape, dtype) = (value.shape().clone(), value.dtype());
-        slots.push(SlotState { shape, dtype, gradient: None, parameter, pending_uses: 0 });
+        let (shape, dtype, device) = (value.shape().clone(), value.dtype(), value.device());
+        slots.push(SlotState { shape, dtype, device, gradient: None, parameter, pending_uses: 0 });
         Slot(slots.len() - 1)
     }
 
@@ -213,7 +214,7 @@ impl Tape {
         if loss.value.elements() != 1 {
             return Err(AutogradError::NotScalar { shape: loss.shape().clone() });
         }
-        let seed = Tensor::full(scale, loss.shape(), loss.dtype());
+        let seed = Tensor::full_on(scale, loss.shape(), loss.dtype(), loss.value.device())?;
         self.backward_from(&[(loss, seed)], ready)
     }
 
@@ -328,7 +329,9 @@ impl Sink<'_> {
             let (expected, found) = (state.shape.clone(), gradient.shape().clone());
             return Err(AutogradError::GradientShape { op: self.op, input: index, expected, found });
         }
-        if gradient.dtype() != state.dtype {
+        // A parameter's gradient may come in the wider type that it is summed in.
+        let summed_in = state.parameter.as_ref().map(|parameter| parameter.gradient.dtype());
+        if gradient.dtype() != state.dtype && Some(gradient.dtype()) != summed_in {
             let (expected, found) = (state.dtype, gradient.dtype());
             return Err(AutogradError::GradientDType { op: self.op, input: index, expected, found });
         }
@@ -391,9 +394,9 @@ impl Sink<'_> {
         }
         let is_new = state.gradient.is_none();
         let tensor = match state.gradient.take() {
-            None => Tensor::empty(&state.shape, state.dtype),
+            None => Tensor::empty_on(&state.shape, state.dtype, state.device)?,
             Some(sum) if sum.is_unique() && sum.is_contiguous() => sum,
-            Some(sum) => sum.copy(),
+            Some(sum) => sum.copy()?,
         };
         state.gradient = Some(tensor.clone());
         Ok(GradientBuffer { tensor, is_new })

@@ -131,7 +131,8 @@ impl<'m> Generator<'m> {
         let dtype = self.model.arena().values().dtype();
         let mut layers = Vec::new();
         for layer in 0..config.num_layers {
-            let new = LayerCache { key: Tensor::zeros(shape, dtype), value: Tensor::zeros(shape, dtype) };
+            let zeros = || Tensor::zeros_on(shape, dtype, self.model.device());
+            let new = LayerCache { key: zeros()?, value: zeros()? };
             if let Some(old) = self.layers.get(layer) {
                 new.key.narrow(0, 0, self.len)?.copy_assign(&old.key.narrow(0, 0, self.len)?)?;
                 new.value.narrow(0, 0, self.len)?.copy_assign(&old.value.narrow(0, 0, self.len)?)?;
@@ -144,7 +145,7 @@ impl<'m> Generator<'m> {
 
     fn prefill(&mut self, prompt: &[u32]) -> Result<()> {
         let packing = Packing::single(prompt.len())?;
-        let positions = packing.positions().clone();
+        let positions = packing.to_device(self.model.device())?.positions().clone();
         self.run(prompt, &positions, |settings, layer, q, k, v| {
             layer.key.narrow(0, 0, prompt.len())?.copy_assign(k.value())?;
             layer.value.narrow(0, 0, prompt.len())?.copy_assign(v.value())?;
@@ -159,7 +160,7 @@ impl<'m> Generator<'m> {
     pub fn push(&mut self, token: u32) -> Result<()> {
         self.reserve(self.len + 1)?;
         let position = self.len;
-        let positions = Tensor::from_vec(vec![position as u32], [1])?;
+        let positions = Tensor::from_vec(vec![position as u32], [1])?.to_device(self.model.device())?;
         self.run(&[token], &positions, |settings, layer, q, k, v| {
             layer.key.narrow(0, position, 1)?.copy_assign(k.value())?;
             layer.value.narrow(0, position, 1)?.copy_assign(v.value())?;
@@ -194,7 +195,7 @@ impl<'m> Generator<'m> {
         ) -> Result<(Var<'t>, Option<Var<'t>>)>,
     ) -> Result<()> {
         let tape = Tape::without_gradients();
-        let ids = Tensor::from_slice(tokens, [tokens.len()])?;
+        let ids = Tensor::from_slice(tokens, [tokens.len()])?.to_device(self.model.device())?;
         let mut x = self.model.embed(&tape, &ids)?;
         for (block, layer) in self.model.blocks().iter().zip(&self.layers) {
             let block: &Arc<Block> = block;
@@ -202,7 +203,7 @@ impl<'m> Generator<'m> {
         }
         let last = tape.constant(x.value().narrow(0, tokens.len() - 1, 1)?);
         let hidden = self.model.final_norm(&last)?;
-        self.logits = self.model.logits(hidden.value())?.to_f64_vec();
+        self.logits = self.model.logits(hidden.value())?.to_f64_vec()?;
         self.len += tokens.len();
         Ok(())
     }

@@ -6,6 +6,8 @@
 use crate::config::{InitScheme, ModelConfig};
 use crate::error::Result;
 use crate::transformer::Transformer;
+use rayon::prelude::*;
+use stickbreak_autograd::ParameterId;
 use stickbreak_tensor::{DType, Tensor};
 
 /// Standard deviation of a weight's initial values; `None` for a constant start (norm weights 1, biases 0).
@@ -34,18 +36,21 @@ impl Transformer {
     /// # Errors
     /// If the arena's dtype is none that the device computes in.
     pub fn initialise(&self, seed: u64) -> Result<()> {
-        for (entry, parameter) in self.arena().iter() {
-            let dtype = parameter.value.dtype();
-            match standard_deviation(self.config(), &entry.name) {
+        let arena = self.arena();
+        let dtype = arena.master().dtype();
+        let entries = arena.entries();
+        // Every parameter has a stream of its own, so they can be drawn in parallel.
+        entries.par_iter().enumerate().try_for_each(|(index, entry)| -> Result<()> {
+            let first = match standard_deviation(self.config(), &entry.name) {
+                // Drawn in float64 and rounded once: the same values, whatever the model's dtype and device.
                 Some(std) => {
-                    // Drawn in float64 and rounded once: the same values, whatever the model's dtype.
-                    let normal = Tensor::randn(0.0, std, &entry.shape, DType::F64, stream(seed, &entry.name))?;
-                    parameter.value.copy_assign(&normal.to_dtype(dtype))?;
+                    Tensor::randn(0.0, std, &entry.shape, DType::F64, stream(seed, &entry.name))?.to_dtype(dtype)?
                 }
-                None => parameter.value.fill_assign(if entry.name.ends_with("bias") { 0.0 } else { 1.0 })?,
-            }
-        }
-        Ok(())
+                None => Tensor::full(if entry.name.ends_with("bias") { 0.0 } else { 1.0 }, &entry.shape, dtype),
+            };
+            Ok(arena.master_of(ParameterId(index))?.transfer_assign(&first)?)
+        })?;
+        Ok(arena.publish()?)
     }
 }
 

@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::transformer::{AttentionSettings, Packing, Transformer};
 use stickbreak_autograd::Tape;
 use stickbreak_tensor::Tensor;
-use stickbreak_tensor::ops::attention::{self, StickBreakingSettings};
+use stickbreak_tensor::ops::attention::{self, StickBreakingSettings, StickBreakingWanted};
 
 /// How one layer's heads attend on one text.
 #[derive(Debug, Clone)]
@@ -27,7 +27,8 @@ impl Transformer {
     pub fn inspect_attention(&self, ids: &Tensor, dense_tokens: usize) -> Result<Option<Vec<LayerAttention>>> {
         let settings = AttentionSettings::new(self.config());
         let AttentionSettings::StickBreaking(stick) = settings else { return Ok(None) };
-        let packing = Packing::single(ids.elements())?;
+        let packing = Packing::single(ids.elements())?.to_device(self.device())?;
+        let ids = &ids.to_device(self.device())?;
         let tape = Tape::without_gradients();
         let counted = StickBreakingSettings { early_exit_bits: COUNTED_BITS, ..stick };
         let dense = dense_tokens.min(ids.elements());
@@ -35,12 +36,14 @@ impl Transformer {
         let mut x = self.embed(&tape, ids)?;
         for block in self.blocks() {
             x = block.forward_with(&x, packing.positions(), &mut |q, k, v| {
+                let wanted = StickBreakingWanted { log2_rem: false, backward: true };
+                let (q_value, k_value, v_value) = (q.value(), k.value(), v.value());
                 let saved =
-                    attention::stick_breaking(q.value(), k.value(), v.value(), packing.cu_seqlens(), counted)?.saved;
-                let causal = saved.causal_tiles().max(1) as f64;
+                    attention::stick_breaking(q_value, k_value, v_value, packing.cu_seqlens(), counted, wanted)?.saved;
+                let (visited, causal) = saved.visited_tiles()?;
                 let first = |t: &Tensor| t.narrow(0, 0, dense);
                 layers.push(LayerAttention {
-                    tiles_visited: saved.visited_tiles().iter().map(|&tiles| tiles as f64 / causal).collect(),
+                    tiles_visited: visited.iter().map(|&tiles| tiles as f64 / causal.max(1) as f64).collect(),
                     weights: attention::stick_breaking_weights(&first(q.value())?, &first(k.value())?, stick)?,
                 });
                 settings.attend(q, k, v, packing.cu_seqlens())

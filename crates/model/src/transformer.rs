@@ -15,7 +15,7 @@ use stickbreak_autograd::ops::{self, StickBreakingOutput};
 use stickbreak_autograd::{ArenaBuilder, AutogradError, Parameter, ParameterArena, ParameterId, Tape, Var, checkpoint};
 use stickbreak_tensor::ops::attention::{SoftmaxSettings, StickBreakingSettings, alibi_slopes};
 use stickbreak_tensor::ops::nn;
-use stickbreak_tensor::{DType, Tensor};
+use stickbreak_tensor::{DType, Device, Tensor};
 
 /// Where the documents of a row of tokens start, and each token's position in its document.
 #[derive(Debug, Clone)]
@@ -64,6 +64,14 @@ impl Packing {
     /// Position of each token in its document, u32 `[T]`.
     pub fn positions(&self) -> &Tensor {
         &self.positions
+    }
+
+    /// The same packing with the positions on a device, where a rotary embedding reads them.
+    ///
+    /// # Errors
+    /// If the device has not the memory.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        Ok(Self { cu_seqlens: Arc::clone(&self.cu_seqlens), positions: self.positions.to_device(device)? })
     }
 }
 
@@ -270,11 +278,19 @@ pub struct Transformer {
 }
 
 impl Transformer {
-    /// A model with all parameters zero; [`crate::init`] or [`crate::weights`] fill them.
+    /// A model on the CPU with all parameters zero; [`crate::init`] or [`crate::weights`] fill them.
     ///
     /// # Errors
     /// If the config makes no model.
     pub fn new(config: ModelConfig, dtype: DType) -> Result<Self> {
+        Self::new_on(config, dtype, Device::Cpu)
+    }
+
+    /// [`new`](Self::new) on a device. With bfloat16, float32 master weights are kept beside the ones that are read.
+    ///
+    /// # Errors
+    /// If the config makes no model, or the device cannot hold it.
+    pub fn new_on(config: ModelConfig, dtype: DType, device: Device) -> Result<Self> {
         config.validate()?;
         let mut arena = ArenaBuilder::default();
         let table = [config.vocab_size, config.hidden_size];
@@ -282,7 +298,7 @@ impl Transformer {
         let blocks: Vec<_> = (0..config.num_layers).map(|i| BlockIds::register(&config, i, &mut arena)).collect();
         let final_norm = arena.add("model.norm.weight", [config.hidden_size]);
         let head = if config.tie_word_embeddings { embedding } else { arena.add("lm_head.weight", table) };
-        let arena = arena.build(dtype);
+        let arena = arena.build_on(dtype, device)?;
         let config = Arc::new(config);
         Ok(Self {
             embedding: arena.parameter(embedding)?,
@@ -297,6 +313,11 @@ impl Transformer {
     /// What the model is.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// Where the model is.
+    pub fn device(&self) -> Device {
+        self.arena.values().device()
     }
 
     /// All parameters and their gradients.
@@ -370,7 +391,7 @@ impl Transformer {
         let tape = Tape::without_gradients();
         let hidden = self.hidden(&tape, ids, packing, false)?;
         let scale = self.config.logit_scale();
-        Ok(nn::linear_cross_entropy(hidden.value(), &self.head.value, labels, scale, [false, false])?.losses)
+        Ok(nn::linear_cross_entropy(hidden.value(), &self.head.value, labels, scale, 1.0, [false, false])?.losses)
     }
 
     /// Logits of hidden states: `[T, C]` to `[T, V]`.

@@ -6,6 +6,7 @@ use crate::transformer::Transformer;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
+use stickbreak_autograd::ParameterId;
 use stickbreak_tensor::io::{self, NamedTensors};
 
 /// File name of weights in one piece.
@@ -30,9 +31,11 @@ pub struct WeightFile {
 }
 
 impl Transformer {
-    /// The parameters by name, as views of the arena.
+    /// The parameters by name, as views of the arena's master values.
     pub fn named_parameters(&self) -> NamedTensors {
-        self.arena().iter().map(|(entry, parameter)| (entry.name.clone(), parameter.value)).collect()
+        let arena = self.arena();
+        let master = |id| arena.master_of(ParameterId(id)).expect("an entry's own id");
+        arena.entries().iter().enumerate().map(|(id, entry)| (entry.name.clone(), master(id))).collect()
     }
 
     /// The model's weight files. More than one, with an index, if the weights exceed `shard_bytes`.
@@ -98,9 +101,9 @@ impl Transformer {
             }
         }
         for (name, parameter) in &expected {
-            parameter.copy_assign(&tensors[name].to_dtype(parameter.dtype()))?;
+            parameter.transfer_assign(&tensors[name].to_dtype(parameter.dtype())?)?;
         }
-        Ok(())
+        Ok(self.arena().publish()?)
     }
 }
 

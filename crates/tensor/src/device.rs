@@ -1,6 +1,7 @@
 //! Where a tensor's memory is.
 
 use crate::error::{Result, TensorError};
+use crate::storage::{MemoryUse, memory_use};
 use std::fmt;
 use std::str::FromStr;
 
@@ -15,14 +16,43 @@ pub enum Device {
 }
 
 impl Device {
+    /// The first CUDA device if it can be used, else the CPU.
+    pub fn best_available() -> Self {
+        let cuda = Device::Cuda(0);
+        if cuda.check_available().is_ok() { cuda } else { Device::Cpu }
+    }
+
+    /// Waits until all work on the device is done; returns at once on a CPU.
+    ///
+    /// # Errors
+    /// If some of the work failed.
+    pub fn synchronize(self) -> Result<()> {
+        match self {
+            Device::Cpu => Ok(()),
+            Device::Cuda(ordinal) => Ok(crate::cuda::queue(ordinal)?.synchronize()?),
+        }
+    }
+
+    /// Bytes in use by tensors on this device.
+    ///
+    /// # Errors
+    /// If the device cannot be asked.
+    pub fn memory_use(self) -> Result<MemoryUse> {
+        match self {
+            Device::Cpu => Ok(memory_use()),
+            Device::Cuda(ordinal) => {
+                let memory = crate::cuda::queue(ordinal)?.gpu().memory()?;
+                let (live, peak, held) = (memory.pool_used, memory.pool_peak, memory.pool_reserved);
+                Ok(MemoryUse { live: live as usize, peak: peak as usize, pooled: (held - live.min(held)) as usize })
+            }
+        }
+    }
+
     /// Says why a device cannot be used, if it cannot.
     pub fn check_available(self) -> Result<()> {
         match self {
             Device::Cpu => Ok(()),
-            Device::Cuda(_) => Err(TensorError::DeviceUnavailable {
-                device: self,
-                reason: "this version has no CUDA kernels yet; use the device `cpu`".into(),
-            }),
+            Device::Cuda(ordinal) => crate::cuda::queue(ordinal).map(drop),
         }
     }
 }

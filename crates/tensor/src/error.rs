@@ -77,6 +77,18 @@ pub enum TensorError {
         /// Why not.
         reason: String,
     },
+    /// A tensor that is not where the op needs it.
+    #[error("{op}: {argument} is on {found}, expected {expected}")]
+    WrongDevice {
+        /// Op that was called.
+        op: &'static str,
+        /// Which argument.
+        argument: &'static str,
+        /// Where it should be.
+        expected: Device,
+        /// Where it is.
+        found: Device,
+    },
     /// Text that names no device.
     #[error("unknown device {text:?}: expected cpu, cuda or cuda:N")]
     UnknownDevice {

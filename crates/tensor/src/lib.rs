@@ -8,6 +8,7 @@
 //!
 //! The crate knows nothing of gradients, models or training.
 
+pub mod cuda;
 pub mod device;
 pub mod dtype;
 pub mod error;

@@ -5,6 +5,7 @@
 //! its old contents*; ops write their outputs in full. Debug builds fill it with NaN first, so that a kernel that
 //! leaves a hole fails its test.
 
+use crate::cuda::CudaStorage;
 use crate::dtype::Element;
 use half::bf16;
 use std::any::{Any, TypeId};
@@ -13,11 +14,13 @@ use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{LazyLock, Mutex, RwLock};
 
-/// A tensor's memory. One variant a kind of device; CUDA memory takes its place here.
+/// A tensor's memory. One variant a kind of device.
 #[derive(Debug)]
 pub enum Storage {
     /// Host memory. The lock lets views of one arena be written in place while others are read.
     Cpu(RwLock<CpuStorage>),
+    /// Memory of a CUDA device, used in the order of its queue.
+    Cuda(CudaStorage),
 }
 
 /// Host memory of one element type.

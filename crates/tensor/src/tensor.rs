@@ -1,5 +1,6 @@
 //! The tensor itself: construction, access to its memory, and views.
 
+use crate::cuda::CudaStorage;
 use crate::dtype::{DType, Element};
 use crate::error::{Result, TensorError};
 use crate::storage::{Buffer, CpuStorage, Storage};
@@ -10,7 +11,8 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use stickbreak_kernels::elementwise::{self, Strided};
+use stickbreak_kernels::cuda::Queue;
+use stickbreak_kernels::elementwise;
 
 /// An n-dimensional view of shared storage.
 ///
@@ -112,6 +114,31 @@ macro_rules! for_any {
 }
 pub(crate) use for_any;
 
+/// Runs `$body`, a copy between devices, with `$t` bound to the Rust type of a `$dtype` that devices hold.
+macro_rules! transfer {
+    ($op:expr, $dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            DType::F32 => {
+                type $t = f32;
+                Ok($body?)
+            }
+            DType::BF16 => {
+                type $t = half::bf16;
+                Ok($body?)
+            }
+            DType::U32 => {
+                type $t = u32;
+                Ok($body?)
+            }
+            DType::I32 => {
+                type $t = i32;
+                Ok($body?)
+            }
+            DType::F64 => crate::cuda::device_type($op, $dtype).map(drop),
+        }
+    };
+}
+
 // ---------------------------------------------------------------------------------------------- construction
 
 impl Tensor {
@@ -193,6 +220,48 @@ impl Tensor {
         }))
     }
 
+    /// A tensor on a device with unspecified contents, for a caller that writes every element.
+    ///
+    /// # Errors
+    /// If the device cannot be used, has not the memory, or does not compute in `dtype`.
+    pub fn empty_on(shape: impl Into<Shape>, dtype: DType, device: Device) -> Result<Self> {
+        let shape = shape.into();
+        match device {
+            Device::Cpu => Ok(Self::empty(shape, dtype)),
+            Device::Cuda(ordinal) => {
+                let storage = Arc::new(Storage::Cuda(CudaStorage::new(ordinal, shape.elements(), dtype)?));
+                let strides = shape.contiguous_strides();
+                Ok(Self { storage, dtype, shape, strides, offset: 0 })
+            }
+        }
+    }
+
+    /// Zeros on a device.
+    ///
+    /// # Errors
+    /// As [`empty_on`](Self::empty_on).
+    pub fn zeros_on(shape: impl Into<Shape>, dtype: DType, device: Device) -> Result<Self> {
+        let tensor = Self::empty_on(shape, dtype, device)?;
+        tensor.zero_assign()?;
+        Ok(tensor)
+    }
+
+    /// One value everywhere, on a device.
+    ///
+    /// # Errors
+    /// As [`empty_on`](Self::empty_on).
+    pub fn full_on(value: f64, shape: impl Into<Shape>, dtype: DType, device: Device) -> Result<Self> {
+        Self::full(value, shape, dtype).to_device(device)
+    }
+
+    /// [`empty_on`](Self::empty_on) this tensor's device.
+    ///
+    /// # Errors
+    /// As [`empty_on`](Self::empty_on).
+    pub fn new_empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Self> {
+        Self::empty_on(shape, dtype, self.device())
+    }
+
     /// A tensor with unspecified contents, for a caller that writes every element; see [`crate::storage`].
     pub fn empty(shape: impl Into<Shape>, dtype: DType) -> Self {
         let shape = shape.into();
@@ -233,9 +302,27 @@ impl Tensor {
 
     /// Where the memory is.
     pub fn device(&self) -> Device {
-        match *self.storage {
+        match &*self.storage {
             Storage::Cpu(_) => Device::Cpu,
+            Storage::Cuda(storage) => Device::Cuda(storage.ordinal()),
         }
+    }
+
+    pub(crate) fn cuda_storage(&self) -> Option<&CudaStorage> {
+        match &*self.storage {
+            Storage::Cpu(_) => None,
+            Storage::Cuda(storage) => Some(storage),
+        }
+    }
+
+    /// The queue of the tensor's device if that is a CUDA device: what ops dispatch by.
+    pub(crate) fn queue(&self) -> Option<&Queue> {
+        self.cuda_storage().map(CudaStorage::queue)
+    }
+
+    /// Elements from the start of the storage to this view's first element.
+    pub(crate) fn offset(&self) -> usize {
+        self.offset
     }
 
     /// Elements to step over in the storage for one step in each dimension.
@@ -279,7 +366,7 @@ impl Tensor {
     /// If the tensor's dtype is not `T`.
     pub fn read<T: Element>(&self) -> Result<ReadGuard<'_, T>> {
         self.check_element_type::<T>("read")?;
-        let Storage::Cpu(lock) = &*self.storage;
+        let lock = self.cpu_lock("read")?;
         // A poisoned lock means that a kernel panicked in another thread; its output is never looked at again.
         let guard = lock.read().unwrap_or_else(|e| e.into_inner());
         Ok(ReadGuard { guard, offset: self.offset, element: PhantomData })
@@ -291,31 +378,35 @@ impl Tensor {
     /// If the tensor's dtype is not `T` or it is not contiguous.
     pub fn write<T: Element>(&self) -> Result<WriteGuard<'_, T>> {
         self.check_element_type::<T>("write")?;
-        if !self.is_contiguous() {
-            return Err(TensorError::Shape {
-                op: "write",
-                argument: "tensor",
-                expected: format!("contiguous memory, found strides {:?}", self.strides),
-                found: self.shape.clone(),
-            });
-        }
+        self.cpu_lock("write")?;
+        self.require_contiguous("write")?;
         Ok(self.expect_write())
     }
 
     /// [`write`](Self::write) for a tensor whose dtype and layout are known.
     pub(crate) fn expect_write<T: Element>(&self) -> WriteGuard<'_, T> {
-        let Storage::Cpu(lock) = &*self.storage;
+        let lock = self.cpu_lock("write").expect("an op dispatches by device");
         let guard = lock.write().unwrap_or_else(|e| e.into_inner());
         WriteGuard { guard, offset: self.offset, len: self.elements(), element: PhantomData }
     }
 
     /// The whole storage from this view's first element on, for kernels that write through strides.
     pub(crate) fn write_strided<T: Element>(&self) -> WriteGuard<'_, T> {
-        let Storage::Cpu(lock) = &*self.storage;
+        let lock = self.cpu_lock("write").expect("an op dispatches by device");
         let guard = lock.write().unwrap_or_else(|e| e.into_inner());
         let last: usize = self.shape.iter().zip(&self.strides).map(|(&size, &stride)| (size.max(1) - 1) * stride).sum();
         let len = if self.elements() == 0 { 0 } else { last + 1 };
         WriteGuard { guard, offset: self.offset, len, element: PhantomData }
+    }
+
+    fn cpu_lock(&self, op: &'static str) -> Result<&RwLock<CpuStorage>> {
+        match &*self.storage {
+            Storage::Cpu(lock) => Ok(lock),
+            Storage::Cuda(_) => {
+                let (expected, found) = (Device::Cpu, self.device());
+                Err(TensorError::WrongDevice { op, argument: "tensor", expected, found })
+            }
+        }
     }
 
     fn check_element_type<T: Element>(&self, op: &'static str) -> Result<()> {
@@ -332,17 +423,67 @@ impl Tensor {
     /// # Errors
     /// If the tensor's dtype is not `T`.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
-        let tensor = self.contiguous();
+        self.check_element_type::<T>("to_vec")?;
+        let tensor = self.contiguous()?.to_device(Device::Cpu)?;
         let data = tensor.read::<T>()?;
         Ok(data[..self.elements()].to_vec())
     }
 
-    /// The elements in row-major order, as float64, whatever the dtype.
-    pub fn to_f64_vec(&self) -> Vec<f64> {
-        let tensor = self.contiguous();
-        for_any!(self.dtype, T => {
-            let data = tensor.read::<T>().expect("T is the tensor's dtype");
-            data[..self.elements()].iter().map(|x| x.to_f64()).collect()
+    /// The elements in row-major order, as float64, whatever the dtype. Waits for the device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
+        for_any!(self.dtype, T => Ok(self.to_vec::<T>()?.into_iter().map(Element::to_f64).collect()))
+    }
+
+    /// The same tensor on a device: itself if it is there, else a contiguous copy.
+    ///
+    /// # Errors
+    /// If the device cannot be used, has not the memory, or does not compute in this dtype.
+    pub fn to_device(&self, device: Device) -> Result<Tensor> {
+        if self.device() == device {
+            return Ok(self.clone());
+        }
+        let source = self.contiguous()?;
+        let out = Tensor::empty_on(&self.shape, self.dtype, device)?;
+        out.transfer_assign(&source)?;
+        Ok(out)
+    }
+
+    /// Copies the elements of a tensor on any device into this contiguous one.
+    ///
+    /// # Errors
+    /// If shapes or dtypes differ, this tensor is not contiguous, or `from` shares its storage.
+    pub fn transfer_assign(&self, from: &Tensor) -> Result<()> {
+        const OP: &str = "transfer_assign";
+        crate::ops::expect_shape(OP, "from", from, &self.shape)?;
+        crate::ops::same_dtype(OP, "from", self.dtype, from)?;
+        match (self.queue(), from.queue()) {
+            (None, None) => self.copy_assign(from),
+            (Some(_), Some(_)) if self.device() == from.device() => self.copy_assign(from),
+            (Some(queue), None) => {
+                let (from, n) = (from.contiguous()?, self.elements());
+                self.require_contiguous(OP)?;
+                transfer!(OP, self.dtype, T => queue.upload_into(&from.read::<T>()?[..n], &mut self.device_mut()))
+            }
+            (None, Some(queue)) => {
+                let from = from.contiguous()?;
+                transfer!(OP, self.dtype, T => queue.download_into(from.device_ref(), &mut self.write::<T>()?))
+            }
+            (Some(_), Some(_)) => self.transfer_assign(&from.to_device(Device::Cpu)?),
+        }
+    }
+
+    pub(crate) fn require_contiguous(&self, op: &'static str) -> Result<()> {
+        if self.is_contiguous() {
+            return Ok(());
+        }
+        Err(TensorError::Shape {
+            op,
+            argument: "tensor",
+            expected: format!("contiguous memory, found strides {:?}", self.strides),
+            found: self.shape.clone(),
         })
     }
 
@@ -351,7 +492,7 @@ impl Tensor {
     /// # Errors
     /// If there is not exactly one element.
     pub fn to_scalar(&self) -> Result<f64> {
-        match self.to_f64_vec()[..] {
+        match self.to_f64_vec()?[..] {
             [value] => Ok(value),
             _ => Err(TensorError::Shape {
                 op: "to_scalar",
@@ -386,7 +527,7 @@ impl Tensor {
                 right: shape,
             });
         }
-        let source = self.contiguous();
+        let source = self.contiguous()?;
         let strides = shape.contiguous_strides();
         Ok(source.view(shape, strides, source.offset))
     }
@@ -480,43 +621,59 @@ impl Tensor {
     }
 
     /// The same elements row-major and without gaps: this tensor itself if it is so already, else a copy.
-    pub fn contiguous(&self) -> Tensor {
-        if self.is_contiguous() { self.clone() } else { self.copy() }
+    ///
+    /// # Errors
+    /// If the device has not the memory.
+    pub fn contiguous(&self) -> Result<Tensor> {
+        if self.is_contiguous() { Ok(self.clone()) } else { self.copy() }
     }
 
     /// A contiguous copy in storage of its own.
-    pub fn copy(&self) -> Tensor {
-        let out = Tensor::empty(&self.shape, self.dtype);
-        for_any!(self.dtype, T => {
-            let data = self.read::<T>().expect("T is the tensor's dtype");
-            let x = Strided { data: &data, strides: &self.strides };
-            elementwise::cpu::copy(&self.shape, x, &mut out.expect_write::<T>()).expect("a valid view");
-        });
-        out
+    ///
+    /// # Errors
+    /// If the device has not the memory.
+    pub fn copy(&self) -> Result<Tensor> {
+        let out = self.new_empty(&self.shape, self.dtype)?;
+        out.copy_assign(self)?;
+        Ok(out)
     }
 
     /// A copy with another element type, rounded to nearest even (this tensor itself if the type is the same).
-    pub fn to_dtype(&self, dtype: DType) -> Tensor {
+    ///
+    /// # Errors
+    /// If the device has not the memory or does not compute in one of the types.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Tensor> {
         if self.dtype == dtype {
-            return self.clone();
+            return Ok(self.clone());
         }
-        let source = self.contiguous();
-        let out = Tensor::empty(&self.shape, dtype);
+        let source = self.contiguous()?;
+        let out = self.new_empty(&self.shape, dtype)?;
+        if let Some(queue) = self.queue() {
+            elementwise::cuda::cast(queue, &self.shape, source.device_view(), &mut out.device_mut())?;
+            return Ok(out);
+        }
         for_any!(self.dtype, S => for_any!(dtype, T => {
-            let from = source.read::<S>().expect("S is the tensor's dtype");
+            let from = source.read::<S>()?;
             for (to, from) in out.expect_write::<T>().iter_mut().zip(from.iter()) {
                 // Not `T::from_f64`: here T is a name for bf16, whose own method of that name rounds ties wrongly.
                 *to = <T as Element>::from_f64(Element::to_f64(*from));
             }
         }));
-        out
+        Ok(out)
     }
 }
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let values = self.to_f64_vec();
-        let (shown, more) = if values.len() > 8 { (&values[..8], ", ...") } else { (&values[..], "") };
-        write!(f, "Tensor {} {} {shown:?}{more}", self.dtype, self.shape)
+        write!(f, "Tensor {} {} ", self.dtype, self.shape)?;
+        match self.cuda_storage() {
+            // Values would have to be waited for.
+            Some(_) => write!(f, "on {}", self.device()),
+            None => {
+                let values = self.to_f64_vec().map_err(|_| fmt::Error)?;
+                let (shown, more) = if values.len() > 8 { (&values[..8], ", ...") } else { (&values[..], "") };
+                write!(f, "{shown:?}{more}")
+            }
+        }
     }
 }

@@ -11,7 +11,6 @@ use stickbreak_tensor::{Tensor, ops::nn};
 struct LinearCrossEntropy {
     dhidden: Option<Tensor>,
     dweight: Option<Tensor>,
-    scale: f64,
 }
 
 /// hidden `[T, C]`, weight `[V, C]`, labels i32 `[T]` (-100: not predicted, no loss). Returns the sum of the tokens'
@@ -24,9 +23,9 @@ pub fn linear_cross_entropy<'t>(
     loss_scale: f64,
 ) -> Result<Var<'t>> {
     let wanted = [hidden.is_tracked(), weight.is_tracked()];
-    let result = nn::linear_cross_entropy(&hidden.value, &weight.value, labels, logit_scale, wanted)?;
+    let result = nn::linear_cross_entropy(&hidden.value, &weight.value, labels, logit_scale, loss_scale, wanted)?;
     let value = result.losses.sum_all()?.affine(loss_scale, 0.0)?;
-    let op = LinearCrossEntropy { dhidden: result.dhidden, dweight: result.dweight, scale: loss_scale };
+    let op = LinearCrossEntropy { dhidden: result.dhidden, dweight: result.dweight };
     let [loss] = hidden.tape.record(op, &[hidden, weight], [value]);
     Ok(loss)
 }
@@ -37,10 +36,11 @@ impl Op for LinearCrossEntropy {
     }
 
     fn backward(self: Box<Self>, outputs: OutputGradients, sink: &mut Sink<'_>) -> Result<()> {
-        let scale = self.scale * outputs.single().to_scalar()?;
+        let factor = outputs.single();
         for (input, gradient) in [self.dhidden, self.dweight].into_iter().enumerate() {
             if let Some(gradient) = gradient {
-                gradient.scale_assign(scale)?;
+                // By a factor that stays on the device: nobody waits for it.
+                gradient.scale_assign_by(&factor)?;
                 sink.add(input, gradient)?;
             }
         }

@@ -10,7 +10,7 @@ use crate::var::Var;
 use std::sync::Arc;
 
 use stickbreak_tensor::Tensor;
-use stickbreak_tensor::ops::attention::{self, StickBreakingSaved, StickBreakingSettings};
+use stickbreak_tensor::ops::attention::{self, StickBreakingSaved, StickBreakingSettings, StickBreakingWanted};
 
 struct StickBreakingAttention {
     q: Tensor,
@@ -39,7 +39,8 @@ pub fn stick_breaking_attention<'t>(
     cu_seqlens: &[i32],
     settings: StickBreakingSettings,
 ) -> Result<StickBreakingOutput<'t>> {
-    let result = attention::stick_breaking(&q.value, &k.value, &v.value, cu_seqlens, settings)?;
+    let wanted = StickBreakingWanted { log2_rem: false, backward: [q, k, v].iter().any(|v| v.is_tracked()) };
+    let result = attention::stick_breaking(&q.value, &k.value, &v.value, cu_seqlens, settings, wanted)?;
     let op = StickBreakingAttention {
         q: q.value.clone(),
         k: k.value.clone(),
@@ -48,7 +49,9 @@ pub fn stick_breaking_attention<'t>(
         settings,
         saved: Arc::clone(&result.saved),
     };
-    let [o, rem] = q.tape.record(op, &[q, k, v], [result.o, result.rem]);
+    // The kernel gives the remainder in float32 whatever the type of q; what is computed from it is of q's type.
+    let rem = result.rem.to_dtype(q.value.dtype())?;
+    let [o, rem] = q.tape.record(op, &[q, k, v], [result.o, rem]);
     Ok(StickBreakingOutput { o, rem, saved: result.saved })
 }
 
@@ -58,8 +61,14 @@ impl Op for StickBreakingAttention {
     }
 
     fn backward(self: Box<Self>, mut outputs: OutputGradients, sink: &mut Sink<'_>) -> Result<()> {
-        let d_o = outputs.take(0).unwrap_or_else(|| Tensor::zeros(self.q.shape(), self.q.dtype()));
-        let drem = outputs.take(1);
+        let d_o = match outputs.take(0) {
+            Some(gradient) => gradient,
+            None => Tensor::zeros_on(self.q.shape(), self.q.dtype(), self.q.device())?,
+        };
+        let drem = outputs
+            .take(1)
+            .map(|gradient| gradient.to_dtype(StickBreakingSaved::remainder_type(self.q.dtype())))
+            .transpose()?;
         let gradients = attention::stick_breaking_backward(
             &self.q,
             &self.k,

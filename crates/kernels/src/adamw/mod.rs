@@ -10,6 +10,7 @@
 //! ```
 
 pub mod cpu;
+pub mod cuda;
 
 /// Hyperparameters of one update.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -9,6 +9,7 @@
 //! `dweight = logit_scale * dlogits^T hidden`.
 
 pub mod cpu;
+pub mod cuda;
 
 /// The label of a token that takes no part in the loss.
 pub const IGNORE_INDEX: i32 = -100;

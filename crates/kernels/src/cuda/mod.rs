@@ -17,15 +17,28 @@ mod device;
 mod launch;
 pub mod library;
 mod queue;
+pub(crate) mod units;
 mod view;
 
 pub use compile::Source;
 pub use device::{Gpu, MemoryInfo};
 pub use launch::{Arg, Kernel, Launch};
 pub use queue::{Memory, Queue, Scratch, Timer};
+pub use units::DeviceView;
 pub use view::{DeviceElement, DeviceMut, DeviceRef, DeviceType, check};
 
 /// Every source that the ops can ask for, so that one test can compile them all without a GPU.
 pub fn all_sources() -> Vec<Source> {
-    Vec::new()
+    let point = [
+        crate::elementwise::cuda::sources(),
+        crate::reduce::cuda::sources(),
+        crate::rms_norm::cuda::sources(),
+        crate::group_norm::cuda::sources(),
+        crate::swiglu::cuda::sources(),
+        crate::rope::cuda::sources(),
+        crate::embedding::cuda::sources(),
+        crate::cross_entropy::cuda::sources(),
+        crate::adamw::cuda::sources(),
+    ];
+    point.concat()
 }

@@ -7,6 +7,7 @@
 //! (`Exp`, `Sqrt`, `Reciprocal`, `Sigmoid`, `Tanh`) or nothing (`Negate`, `Affine`).
 
 pub mod cpu;
+pub mod cuda;
 
 pub use crate::strided::Strided;
 

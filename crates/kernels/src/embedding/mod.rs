@@ -5,6 +5,7 @@
 //! Backward *accumulates*: `dtable[ids[t]] += dout[t]`, for equal ids in the order of the tokens.
 
 pub mod cpu;
+pub mod cuda;
 
 /// Sizes of an embedding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,6 +8,7 @@
 //! `dweight = sum over tokens of dout * n`, `dbias = sum over tokens of dout`. All three are overwritten.
 
 pub mod cpu;
+pub mod cuda;
 
 /// Sizes of a per-head GroupNorm.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -10,6 +10,7 @@
 //! Backward of `Sum`: the output's gradient broadcast over the axes (stride 0); nothing is saved.
 
 pub mod cpu;
+pub mod cuda;
 
 /// How the elements along the axes are combined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

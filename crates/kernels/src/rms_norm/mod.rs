@@ -7,6 +7,7 @@
 //! Both gradients are overwritten.
 
 pub mod cpu;
+pub mod cuda;
 
 /// Sizes of an RMSNorm.
 #[derive(Debug, Clone, Copy, PartialEq)]

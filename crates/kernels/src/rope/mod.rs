@@ -7,6 +7,7 @@
 //! but the positions is saved.
 
 pub mod cpu;
+pub mod cuda;
 
 /// Sizes of a rotary embedding.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -4,3 +4,4 @@
 //! Backward, with `s = sigmoid(gate)`: `dgate = dout * up * s (1 + gate (1 - s))`, `dup = dout * gate * s`, overwritten.
 
 pub mod cpu;
+pub mod cuda;

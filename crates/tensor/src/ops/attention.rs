@@ -2,19 +2,73 @@
 //! [`stickbreak_kernels::attention`]. Tokens may be strided (views into one projection of q, k and v); the heads of a
 //! token must lie together.
 
-use super::{expect_shape, same_dtype};
+use super::{expect_shape, same_device, same_dtype, statistics};
+use crate::cuda::device_type;
 use crate::tensor::for_float;
-use crate::{Result, Tensor, TensorError};
+use crate::{DType, Device, Result, Tensor, TensorError};
+use plans::PlanCache;
 use std::sync::Arc;
+use stickbreak_kernels::KernelError;
 use stickbreak_kernels::attention::decode::{DecodeInputs, DecodeLayout};
 use stickbreak_kernels::attention::softmax::decode::SoftmaxDecodeSpec;
 use stickbreak_kernels::attention::softmax::{self, SoftmaxSpec};
 use stickbreak_kernels::attention::stick_breaking::decode::StickBreakingDecodeSpec;
 use stickbreak_kernels::attention::stick_breaking::{self, StickBreakingOutputs, StickBreakingSpec};
 use stickbreak_kernels::attention::{AttentionGradients, AttentionInputs, AttentionLayout};
+use stickbreak_kernels::cuda::Queue;
 
 pub use stickbreak_kernels::attention::softmax::alibi_slopes;
-pub use stickbreak_kernels::attention::stick_breaking::StickBreakingSaved;
+
+mod plans;
+
+/// What the backward pass of stick-breaking attention needs of the forward pass besides its inputs.
+#[derive(Debug)]
+pub enum StickBreakingSaved {
+    /// On the CPU.
+    Cpu(stick_breaking::StickBreakingSaved),
+    /// On a CUDA device; nothing if the backward pass was not asked for.
+    Cuda {
+        /// The state, in device memory.
+        saved: Option<stick_breaking::cuda::Saved>,
+        /// The device's number.
+        ordinal: usize,
+    },
+}
+
+impl StickBreakingSaved {
+    /// For each query head how many (query tile, key tile) pairs the forward pass visited, and how many of one head hold a
+    /// visible key. Waits for the device.
+    ///
+    /// # Errors
+    /// If the device fails, or nothing was saved.
+    pub fn visited_tiles(&self) -> Result<(Vec<u64>, u64)> {
+        match self {
+            Self::Cpu(saved) => Ok((saved.visited_tiles().to_vec(), saved.causal_tiles())),
+            Self::Cuda { saved, ordinal } => {
+                let saved = saved.as_ref().ok_or_else(nothing_saved)?;
+                Ok(saved.visited_tiles(&crate::cuda::queue(*ordinal)?)?)
+            }
+        }
+    }
+
+    /// The type in which the remainder and its gradient are computed, for inputs of a type.
+    pub fn remainder_type(dtype: DType) -> DType {
+        statistics(dtype)
+    }
+}
+
+fn nothing_saved() -> TensorError {
+    KernelError::size("stick_breaking_attention_backward", "the forward pass", "run with `backward`", "without").into()
+}
+
+/// What a forward pass of stick-breaking attention is asked for besides output and remainder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StickBreakingWanted {
+    /// The binary logarithm of the remainder.
+    pub log2_rem: bool,
+    /// What a backward pass needs.
+    pub backward: bool,
+}
 
 /// Scale, mask and early exit of stick-breaking attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -43,19 +97,19 @@ pub struct StickBreaking {
     pub o: Tensor,
     /// What is left of each query's stick, `[T, Hq]`.
     pub rem: Tensor,
-    /// Its binary logarithm, finite where `rem` underflows, `[T, Hq]`.
-    pub log2_rem: Tensor,
+    /// Its binary logarithm, finite where `rem` underflows, `[T, Hq]`, if it was asked for.
+    pub log2_rem: Option<Tensor>,
     /// What the backward pass needs beside the inputs, and how many tiles were visited.
     pub saved: Arc<StickBreakingSaved>,
 }
 
 /// Row-major within a token: strides `[anything, D, 1]`. A copy if it is not so.
-fn token_strided(tensor: &Tensor) -> Tensor {
+fn token_strided(tensor: &Tensor) -> Result<Tensor> {
     let (shape, strides) = (tensor.shape(), tensor.strides());
     let heads_together = (shape[2] == 1 || strides[2] == 1)
         && (shape[1] == 1 || strides[1] == shape[2])
         && strides[0] >= shape[1] * shape[2];
-    if heads_together || tensor.is_contiguous() { tensor.clone() } else { tensor.copy() }
+    if heads_together || tensor.is_contiguous() { Ok(tensor.clone()) } else { tensor.copy() }
 }
 
 struct Operands {
@@ -73,9 +127,10 @@ impl Operands {
         };
         for (argument, tensor) in [("k", k), ("v", v)] {
             same_dtype(op, argument, q.dtype(), tensor)?;
+            same_device(op, argument, q, tensor)?;
             expect_shape(op, argument, tensor, &[tokens, kv_heads, head_dim])?;
         }
-        let (q, k, v) = (token_strided(q), token_strided(k), token_strided(v));
+        let (q, k, v) = (token_strided(q)?, token_strided(k)?, token_strided(v)?);
         let stride = |t: &Tensor, heads: usize| if tokens <= 1 { heads * head_dim } else { t.strides()[0] };
         let layout = AttentionLayout {
             query_stride: stride(&q, query_heads),
@@ -86,8 +141,9 @@ impl Operands {
         Ok(Self { q, k, v, layout })
     }
 
-    fn gradients(&self) -> [Tensor; 3] {
-        [&self.q, &self.k, &self.v].map(|t| Tensor::empty(t.shape(), t.dtype()))
+    fn gradients(&self) -> Result<[Tensor; 3]> {
+        let empty = |t: &Tensor| t.new_empty(t.shape(), t.dtype());
+        Ok([empty(&self.q)?, empty(&self.k)?, empty(&self.v)?])
     }
 }
 
@@ -101,22 +157,46 @@ pub fn stick_breaking(
     v: &Tensor,
     cu_seqlens: &[i32],
     settings: StickBreakingSettings,
+    wanted: StickBreakingWanted,
 ) -> Result<StickBreaking> {
     const OP: &str = "stick_breaking_attention";
     let operands = Operands::new(OP, q, k, v)?;
     let spec = spec(&operands.layout, settings);
     let heads = [operands.layout.tokens, operands.layout.query_heads];
-    let o = Tensor::empty(q.shape(), q.dtype());
-    let (rem, log2_rem) = (Tensor::empty(heads, q.dtype()), Tensor::empty(heads, q.dtype()));
+    let o = q.new_empty(q.shape(), q.dtype())?;
+    let rem = q.new_empty(heads, statistics(q.dtype()))?;
+    let log2_rem = wanted.log2_rem.then(|| q.new_empty(heads, statistics(q.dtype()))).transpose()?;
+    if let (Some(queue), Device::Cuda(ordinal)) = (q.queue(), q.device()) {
+        let plan = STICK_BREAKING_PLANS.get(ordinal, q.dtype(), cu_seqlens, &spec, || {
+            stick_breaking::cuda::Plan::new(queue, &spec, cu_seqlens, device_type(OP, q.dtype())?).map_err(Into::into)
+        })?;
+        let (mut rem_out, mut log2_out) = (rem.device_mut(), log2_rem.as_ref().map(Tensor::device_mut));
+        let saved = plan.forward(
+            queue,
+            operands.q.device_ref(),
+            operands.k.device_ref(),
+            operands.v.device_ref(),
+            &mut o.device_mut(),
+            Some(&mut rem_out),
+            log2_out.as_mut(),
+            wanted.backward,
+        )?;
+        let saved = Arc::new(StickBreakingSaved::Cuda { saved, ordinal });
+        return Ok(StickBreaking { o, rem, log2_rem, saved });
+    }
     let saved = for_float!(OP, q.dtype(), T => {
         let (q, k, v) = (operands.q.read::<T>()?, operands.k.read::<T>()?, operands.v.read::<T>()?);
-        let (mut o, mut rem, mut log2) = (o.expect_write::<T>(), rem.expect_write::<T>(), log2_rem.expect_write::<T>());
+        let (mut o, mut rem) = (o.expect_write::<T>(), rem.expect_write::<T>());
+        let mut log2 = log2_rem.as_ref().map(|t| t.expect_write::<T>());
         let inputs = AttentionInputs { q: &q, k: &k, v: &v, cu_seqlens };
-        let outputs = StickBreakingOutputs { o: &mut o, rem: Some(&mut rem), log2_rem: Some(&mut log2) };
+        let outputs = StickBreakingOutputs { o: &mut o, rem: Some(&mut rem), log2_rem: log2.as_deref_mut() };
         Ok(stick_breaking::cpu::forward(&spec, &inputs, outputs)?)
     })?;
-    Ok(StickBreaking { o, rem, log2_rem, saved: Arc::new(saved) })
+    Ok(StickBreaking { o, rem, log2_rem, saved: Arc::new(StickBreakingSaved::Cpu(saved)) })
 }
+
+static STICK_BREAKING_PLANS: PlanCache<StickBreakingSpec, stick_breaking::cuda::Plan> = PlanCache::new();
+static SOFTMAX_PLANS: PlanCache<SoftmaxSpec, softmax::cuda::Plan> = PlanCache::new();
 
 fn spec(layout: &AttentionLayout, settings: StickBreakingSettings) -> StickBreakingSpec {
     StickBreakingSpec {
@@ -147,15 +227,40 @@ pub fn stick_breaking_backward(
     expect_shape(OP, "output gradient", output_gradient, q.shape())?;
     same_dtype(OP, "output gradient", q.dtype(), output_gradient)?;
     let spec = spec(&operands.layout, settings);
-    let output_gradient = output_gradient.contiguous();
+    let output_gradient = output_gradient.contiguous()?;
     let (tokens, heads) = (operands.layout.tokens, operands.layout.query_heads);
     if let Some(rem_gradient) = rem_gradient {
         expect_shape(OP, "remainder gradient", rem_gradient, &[tokens, heads])?;
-        same_dtype(OP, "remainder gradient", q.dtype(), rem_gradient)?;
+        same_dtype(OP, "remainder gradient", statistics(q.dtype()), rem_gradient)?;
+        same_device(OP, "remainder gradient", q, rem_gradient)?;
     }
-    let rem_gradient = rem_gradient.map(Tensor::contiguous);
+    let rem_gradient = rem_gradient.map(Tensor::contiguous).transpose()?;
     let (elements, rows) = (q.elements(), tokens * heads);
-    let [dq, dk, dv] = operands.gradients();
+    let [dq, dk, dv] = operands.gradients()?;
+    let saved = match saved {
+        StickBreakingSaved::Cpu(saved) => saved,
+        StickBreakingSaved::Cuda { saved, ordinal } => {
+            same_device(OP, "output gradient", q, &output_gradient)?;
+            let (saved, queue) = (saved.as_ref().ok_or_else(nothing_saved)?, crate::cuda::queue(*ordinal)?);
+            let plan = STICK_BREAKING_PLANS.get(*ordinal, q.dtype(), cu_seqlens, &spec, || {
+                stick_breaking::cuda::Plan::new(&queue, &spec, cu_seqlens, device_type(OP, q.dtype())?)
+                    .map_err(Into::into)
+            })?;
+            plan.backward(
+                &queue,
+                operands.q.device_ref(),
+                operands.k.device_ref(),
+                operands.v.device_ref(),
+                output_gradient.device_ref(),
+                rem_gradient.as_ref().map(Tensor::device_ref),
+                saved,
+                &mut dq.device_mut(),
+                &mut dk.device_mut(),
+                &mut dv.device_mut(),
+            )?;
+            return Ok([dq, dk, dv]);
+        }
+    };
     for_float!(OP, q.dtype(), T => {
         let (q, k, v) = (operands.q.read::<T>()?, operands.k.read::<T>()?, operands.v.read::<T>()?);
         let (d_o, drem) = (output_gradient.read::<T>()?, rem_gradient.as_ref().map(|t| t.read::<T>()).transpose()?);
@@ -181,15 +286,34 @@ pub fn softmax(
 ) -> Result<(Tensor, Tensor)> {
     const OP: &str = "softmax_attention";
     let operands = Operands::new(OP, q, k, v)?;
-    let o = Tensor::empty(q.shape(), q.dtype());
-    let lse = Tensor::empty([operands.layout.tokens, operands.layout.query_heads], q.dtype());
+    let o = q.new_empty(q.shape(), q.dtype())?;
+    let lse = q.new_empty([operands.layout.tokens, operands.layout.query_heads], statistics(q.dtype()))?;
     let spec = softmax_spec(&operands.layout, settings);
+    if let (Some(queue), Device::Cuda(ordinal)) = (q.queue(), q.device()) {
+        let plan = softmax_plan(OP, queue, ordinal, q.dtype(), cu_seqlens, &spec)?;
+        let (q, k, v) = (operands.q.device_ref(), operands.k.device_ref(), operands.v.device_ref());
+        plan.forward(queue, q, k, v, &mut o.device_mut(), &mut lse.device_mut())?;
+        return Ok((o, lse));
+    }
     for_float!(OP, q.dtype(), T => {
         let (q, k, v) = (operands.q.read::<T>()?, operands.k.read::<T>()?, operands.v.read::<T>()?);
         let inputs = AttentionInputs { q: &q, k: &k, v: &v, cu_seqlens };
         Ok(softmax::cpu::forward(&spec, &inputs, &mut o.expect_write::<T>(), &mut lse.expect_write::<T>())?)
     })?;
     Ok((o, lse))
+}
+
+fn softmax_plan(
+    op: &'static str,
+    queue: &Queue,
+    ordinal: usize,
+    dtype: DType,
+    cu_seqlens: &[i32],
+    spec: &SoftmaxSpec,
+) -> Result<Arc<softmax::cuda::Plan>> {
+    SOFTMAX_PLANS.get(ordinal, dtype, cu_seqlens, spec, || {
+        softmax::cuda::Plan::new(queue, spec, cu_seqlens, device_type(op, dtype)?).map_err(Into::into)
+    })
 }
 
 fn softmax_spec(layout: &AttentionLayout, settings: &SoftmaxSettings) -> SoftmaxSpec {
@@ -214,10 +338,29 @@ pub fn softmax_backward(
     same_dtype(OP, "output gradient", q.dtype(), output_gradient)?;
     expect_shape(OP, "output", o, q.shape())?;
     expect_shape(OP, "log of sums", lse, &[operands.layout.tokens, operands.layout.query_heads])?;
-    let (o, lse, output_gradient) = (o.contiguous(), lse.contiguous(), output_gradient.contiguous());
+    let (o, lse, output_gradient) = (o.contiguous()?, lse.contiguous()?, output_gradient.contiguous()?);
     let spec = softmax_spec(&operands.layout, settings);
     let (elements, rows) = (q.elements(), lse.elements());
-    let [dq, dk, dv] = operands.gradients();
+    let [dq, dk, dv] = operands.gradients()?;
+    if let (Some(queue), Device::Cuda(ordinal)) = (q.queue(), q.device()) {
+        for (argument, tensor) in [("output", &o), ("log of sums", &lse), ("output gradient", &output_gradient)] {
+            same_device(OP, argument, q, tensor)?;
+        }
+        let plan = softmax_plan(OP, queue, ordinal, q.dtype(), cu_seqlens, &spec)?;
+        plan.backward(
+            queue,
+            operands.q.device_ref(),
+            operands.k.device_ref(),
+            operands.v.device_ref(),
+            o.device_ref(),
+            lse.device_ref(),
+            output_gradient.device_ref(),
+            &mut dq.device_mut(),
+            &mut dk.device_mut(),
+            &mut dv.device_mut(),
+        )?;
+        return Ok([dq, dk, dv]);
+    }
     for_float!(OP, q.dtype(), T => {
         let (q, k, v) = (operands.q.read::<T>()?, operands.k.read::<T>()?, operands.v.read::<T>()?);
         let (o, lse, d_o) = (o.read::<T>()?, lse.read::<T>()?, output_gradient.read::<T>()?);
@@ -235,6 +378,10 @@ pub fn softmax_backward(
 /// If shapes or dtypes do not fit.
 pub fn stick_breaking_weights(q: &Tensor, k: &Tensor, settings: StickBreakingSettings) -> Result<Tensor> {
     const OP: &str = "stick_breaking_weights";
+    if q.queue().is_some() {
+        let on_host = |t: &Tensor| t.to_device(Device::Cpu)?.to_dtype(DType::F32);
+        return stick_breaking_weights(&on_host(q)?, &on_host(k)?, settings);
+    }
     let operands = Operands::new(OP, q, k, k)?;
     let AttentionLayout { tokens, query_heads, .. } = operands.layout;
     let spec = spec(&operands.layout, settings);
@@ -265,9 +412,10 @@ impl DecodeOperands {
         };
         for (argument, tensor) in [("keys", keys), ("values", values)] {
             same_dtype(op, argument, q.dtype(), tensor)?;
+            same_device(op, argument, q, tensor)?;
             expect_shape(op, argument, tensor, &[capacity, kv_heads, head_dim])?;
         }
-        let (q, keys, values) = (q.contiguous(), keys.contiguous(), values.contiguous());
+        let (q, keys, values) = (q.contiguous()?, keys.contiguous()?, values.contiguous()?);
         Ok(Self { q, keys, values, layout: DecodeLayout::contiguous(1, capacity, query_heads, kv_heads, head_dim) })
     }
 }
@@ -292,7 +440,21 @@ pub fn stick_breaking_decode(
         scale: settings.scale,
         early_exit_bits: settings.early_exit_bits,
     };
-    let (o, rem) = (Tensor::empty(q.shape(), q.dtype()), Tensor::empty([1, query_heads], q.dtype()));
+    let (o, rem) = (q.new_empty(q.shape(), q.dtype())?, q.new_empty([1, query_heads], statistics(q.dtype()))?);
+    if let Some(queue) = q.queue() {
+        let lengths = queue.upload(&[visible as i32])?;
+        stick_breaking::decode_cuda::decode(
+            queue,
+            &spec,
+            operands.q.device_ref(),
+            operands.keys.device_ref(),
+            operands.values.device_ref(),
+            lengths.as_ref(),
+            &mut o.device_mut(),
+            &mut rem.device_mut(),
+        )?;
+        return Ok((o, rem));
+    }
     for_float!(OP, q.dtype(), T => {
         let (q, k, v) = (operands.q.read::<T>()?, operands.keys.read::<T>()?, operands.values.read::<T>()?);
         let inputs = DecodeInputs { q: &q, k: &k, v: &v, lengths: &[visible as i32] };
@@ -311,7 +473,20 @@ pub fn softmax_decode(q: &Tensor, keys: &Tensor, values: &Tensor, settings: &Sof
     let operands = DecodeOperands::new(OP, q, keys, values)?;
     let alibi = settings.alibi_slopes.clone();
     let spec = SoftmaxDecodeSpec { layout: operands.layout, scale: settings.scale, alibi };
-    let o = Tensor::empty(q.shape(), q.dtype());
+    let o = q.new_empty(q.shape(), q.dtype())?;
+    if let Some(queue) = q.queue() {
+        let lengths = queue.upload(&[operands.layout.capacity as i32])?;
+        softmax::decode_cuda::decode(
+            queue,
+            &spec,
+            operands.q.device_ref(),
+            operands.keys.device_ref(),
+            operands.values.device_ref(),
+            lengths.as_ref(),
+            &mut o.device_mut(),
+        )?;
+        return Ok(o);
+    }
     for_float!(OP, q.dtype(), T => {
         let (q, k, v) = (operands.q.read::<T>()?, operands.keys.read::<T>()?, operands.values.read::<T>()?);
         let inputs = DecodeInputs { q: &q, k: &k, v: &v, lengths: &[operands.layout.capacity as i32] };

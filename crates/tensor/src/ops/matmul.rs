@@ -1,10 +1,10 @@
 //! Matrix products. Transposed views go to the kernel as they are: a transposition is a pair of strides.
 
-use super::{not_aliased, same_dtype};
+use super::{not_aliased, same_device, same_dtype};
 use crate::tensor::for_float;
-use crate::{Result, Shape, Tensor, TensorError};
+use crate::{DType, Result, Shape, Tensor, TensorError};
 use stickbreak_kernels::Float;
-use stickbreak_kernels::matmul::{MatmulSpec, MatrixStrides, cpu};
+use stickbreak_kernels::matmul::{MatmulSpec, MatrixStrides, cpu, cuda};
 
 impl Tensor {
     /// Matrix product over the last two dimensions, `[.., m, k] x [.., k, n] -> [.., m, n]`, leading dimensions
@@ -14,20 +14,24 @@ impl Tensor {
     /// If the inner sizes differ, or the leading dimensions do not broadcast.
     pub fn matmul(&self, other: &Tensor) -> Result<Tensor> {
         let shape = product_shape(self, other)?;
-        let out = Tensor::empty(shape, self.dtype());
+        let out = self.new_empty(shape, self.dtype())?;
         out.matmul_unchecked(1.0, self, other, 0.0)?;
         Ok(out)
     }
 
     /// `self = alpha * a b + beta * self`, in place: the form in which weight gradients are accumulated.
     /// This tensor must be contiguous in its last two dimensions' strides (a transposed view is fine) and have exactly
-    /// the product's shape.
+    /// the product's shape. On a CUDA device it may be float32 where the factors are bfloat16.
     ///
     /// # Errors
     /// If the shapes or dtypes do not fit, or this tensor shares storage with an input.
     pub fn matmul_assign(&self, alpha: f64, a: &Tensor, b: &Tensor, beta: f64) -> Result<()> {
         const OP: &str = "matmul_assign";
-        same_dtype(OP, "output", a.dtype(), self)?;
+        if !(self.queue().is_some() && self.dtype() == DType::F32 && a.dtype() == DType::BF16) {
+            same_dtype(OP, "output", a.dtype(), self)?;
+        }
+        same_device(OP, "a", self, a)?;
+        same_device(OP, "b", self, b)?;
         not_aliased(OP, "a", self, a)?;
         not_aliased(OP, "b", self, b)?;
         let shape = product_shape(a, b)?;
@@ -47,8 +51,8 @@ impl Tensor {
             return self.reshape([rows, n])?.matmul_unchecked(alpha, &a.reshape([rows, k])?, b, beta);
         }
         let batch_shape = &self.shape()[..self.rank() - 2];
-        let (a, a_batch) = flatten_batch(a, batch_shape)?;
-        let (b, b_batch) = flatten_batch(b, batch_shape)?;
+        let (a, a_batch) = flatten_batch(&with_unit_stride(a)?, batch_shape)?;
+        let (b, b_batch) = flatten_batch(&with_unit_stride(b)?, batch_shape)?;
         let (c, c_batch) = flatten_batch(self, batch_shape)?;
         if !c.shares_storage(self) {
             let expected = "leading dimensions without gaps".into();
@@ -72,6 +76,10 @@ impl Tensor {
             b: strides(&b, b_batch),
             c: strides(&c, c_batch),
         };
+        if let Some(queue) = self.queue() {
+            let (alpha, beta) = (alpha as f32, beta as f32);
+            return Ok(cuda::matmul(queue, &spec, alpha, a.device_ref(), b.device_ref(), beta, &mut c.device_mut())?);
+        }
         for_float!("matmul", self.dtype(), T => {
             let (a, b) = (a.read::<T>()?, b.read::<T>()?);
             let mut c = c.write_strided::<T>();
@@ -80,7 +88,17 @@ impl Tensor {
     }
 }
 
+/// The CUDA library takes matrices whose rows or columns are contiguous; anything else is copied. The CPU takes any.
+fn with_unit_stride(matrix: &Tensor) -> Result<Tensor> {
+    let last = matrix.rank() - 2..matrix.rank();
+    let fits = last.clone().any(|d| matrix.strides()[d] == 1 || matrix.shape()[d] == 1);
+    // A broadcast matrix has rows on top of each other.
+    let repeats = last.clone().any(|d| matrix.strides()[d] == 0 && matrix.shape()[d] > 1);
+    if matrix.queue().is_none() || (fits && !repeats) { Ok(matrix.clone()) } else { matrix.copy() }
+}
+
 fn product_shape(a: &Tensor, b: &Tensor) -> Result<Shape> {
+    same_device("matmul", "right side", a, b)?;
     same_dtype("matmul", "right side", a.dtype(), b)?;
     let wrong = |why: &str| TensorError::ShapePair {
         op: "matmul",
@@ -120,7 +138,7 @@ fn flatten_batch(tensor: &Tensor, batch_shape: &[usize]) -> Result<(Tensor, usiz
     match uniform(&full) {
         Some(stride) => Ok((full, stride)),
         None => {
-            let copy = full.copy();
+            let copy = full.copy()?;
             let stride = matrix.iter().product();
             Ok((copy, stride))
         }

@@ -39,3 +39,14 @@ pub(crate) fn expect_shape(
 pub(crate) fn not_aliased(op: &'static str, argument: &'static str, out: &Tensor, input: &Tensor) -> Result<()> {
     if out.shares_storage(input) { Err(TensorError::Aliased { op, argument }) } else { Ok(()) }
 }
+
+/// The type of sums and statistics over values of a type: never less than float32.
+pub(crate) fn statistics(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// Refuses a tensor that is not on the same device as the others.
+pub(crate) fn same_device(op: &'static str, argument: &'static str, expected: &Tensor, tensor: &Tensor) -> Result<()> {
+    let (expected, found) = (expected.device(), tensor.device());
+    if expected == found { Ok(()) } else { Err(TensorError::WrongDevice { op, argument, expected, found }) }
+}

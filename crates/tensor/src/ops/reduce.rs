@@ -4,7 +4,7 @@ use super::Reduction;
 use crate::tensor::for_float;
 use crate::{Result, Shape, Tensor, TensorError};
 use stickbreak_kernels::elementwise::Strided;
-use stickbreak_kernels::reduce::cpu;
+use stickbreak_kernels::reduce::{cpu, cuda};
 
 impl Tensor {
     /// Reduces the given dimensions, which stay as size 1.
@@ -17,7 +17,11 @@ impl Tensor {
             self.dim(axis)?;
             sizes[axis] = 1;
         }
-        let out = Tensor::empty(sizes, self.dtype());
+        let out = self.new_empty(sizes, self.dtype())?;
+        if let Some(queue) = self.queue() {
+            cuda::reduce(queue, op, self.shape(), self.device_view(), axes, &mut out.device_mut())?;
+            return Ok(out);
+        }
         for_float!("reduce", self.dtype(), T => {
             let data = self.read::<T>()?;
             let x = Strided { data: &data, strides: self.strides() };
@@ -63,11 +67,29 @@ impl Tensor {
         self.sum(&axes)?.reshape(shape)
     }
 
-    /// Sum of the squares of all elements of a contiguous tensor, summed in float64.
+    /// Sum of the squares of all elements, summed in float64. Waits for the device.
     pub fn sum_of_squares(&self) -> Result<f64> {
-        let tensor = self.contiguous();
+        if self.queue().is_some() {
+            return self.sum_of_squares_tensor()?.to_scalar();
+        }
+        let tensor = self.contiguous()?;
         for_float!("sum_of_squares", self.dtype(), T => {
             Ok(cpu::sum_of_squares(&tensor.read::<T>()?[..self.elements()]))
         })
+    }
+
+    /// [`sum_of_squares`](Self::sum_of_squares) as a scalar on this tensor's device, float32 unless this is float64:
+    /// nobody waits for its value.
+    ///
+    /// # Errors
+    /// If the dtype is not a float.
+    pub fn sum_of_squares_tensor(&self) -> Result<Tensor> {
+        let Some(queue) = self.queue() else {
+            return Ok(Tensor::full(self.sum_of_squares()?, [], super::statistics(self.dtype())));
+        };
+        let tensor = self.contiguous()?;
+        let out = self.new_empty([], crate::DType::F32)?;
+        cuda::sum_of_squares(queue, tensor.device_ref(), &mut out.device_mut())?;
+        Ok(out)
     }
 }

@@ -20,7 +20,9 @@
 //! ALiBi: Press, Smith and Lewis, arXiv 2108.12409. A rotary embedding is applied to q and k before.
 
 pub mod cpu;
+pub mod cuda;
 pub mod decode;
+pub mod decode_cuda;
 pub mod reference;
 
 use std::ops::Range;

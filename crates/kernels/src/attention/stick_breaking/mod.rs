@@ -27,7 +27,9 @@
 //! passes leave them out. k is [`StickBreakingSpec::early_exit_bits`]; 0 visits everything.
 
 pub mod cpu;
+pub mod cuda;
 pub mod decode;
+pub mod decode_cuda;
 pub mod reference;
 mod stick;
 
