@@ -58,8 +58,8 @@ fn gradients(x: &Tensor, arena: &ParameterArena, recompute: bool) -> Result<Vec<
     let gradients = tape.backward_with(&loss, 1.0, &mut |id| {
         println!("  gradient of {} is complete", arena.entries()[id.0].name);
     })?;
-    let mut all: Vec<Tensor> = arena.iter().map(|(_, parameter)| parameter.gradient.copy()).collect();
-    all.push(gradients.get(&x).expect("the loss depends on x").copy());
+    let mut all: Vec<Tensor> = arena.iter().map(|(_, parameter)| parameter.gradient.copy().unwrap()).collect();
+    all.push(gradients.get(&x).expect("the loss depends on x").copy().unwrap());
     Ok(all)
 }
 
@@ -86,7 +86,7 @@ fn main() -> Result<()> {
     let tensors = arena.iter().map(|(entry, parameter)| (entry.name.clone(), parameter.value));
     for ((name, values), analytic) in tensors.chain([("x".to_owned(), x.clone())]).zip(&analytic) {
         let numeric = finite_differences(&values, || evaluate(&x, &arena))?;
-        for (element, (a, n)) in analytic.to_f64_vec().into_iter().zip(numeric).enumerate() {
+        for (element, (a, n)) in analytic.to_f64_vec().unwrap().into_iter().zip(numeric).enumerate() {
             let index = match values.shape()[..] {
                 [_, columns] => format!("{name}[{}, {}]", element / columns, element % columns),
                 _ => format!("{name}[{element}]"),
@@ -97,8 +97,9 @@ fn main() -> Result<()> {
 
     println!("\nThe same with the layer recomputed:");
     let recomputed = gradients(&x, &arena, true)?;
-    let bits =
-        |tensors: &[Tensor]| -> Vec<u64> { tensors.iter().flat_map(|t| t.to_f64_vec()).map(f64::to_bits).collect() };
+    let bits = |tensors: &[Tensor]| -> Vec<u64> {
+        tensors.iter().flat_map(|t| t.to_f64_vec().unwrap()).map(f64::to_bits).collect()
+    };
     let same = bits(&analytic) == bits(&recomputed);
     println!("  {} gradients, {}", bits(&analytic).len(), if same { "the same to the last bit" } else { "DIFFERENT" });
     assert!(same, "recompute changed a gradient");

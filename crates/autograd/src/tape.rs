@@ -329,7 +329,11 @@ impl Sink<'_> {
             let (expected, found) = (state.shape.clone(), gradient.shape().clone());
             return Err(AutogradError::GradientShape { op: self.op, input: index, expected, found });
         }
-        // A parameter's gradient may come in the wider type that it is summed in.
+        // Sums over tokens come in float32 beside bfloat16 values: a parameter's arena takes them so, others are rounded.
+        let gradient = match (state.dtype, gradient.dtype(), &state.parameter) {
+            (DType::BF16, DType::F32, None) => gradient.to_dtype(DType::BF16)?,
+            _ => gradient,
+        };
         let summed_in = state.parameter.as_ref().map(|parameter| parameter.gradient.dtype());
         if gradient.dtype() != state.dtype && Some(gradient.dtype()) != summed_in {
             let (expected, found) = (state.dtype, gradient.dtype());

@@ -18,7 +18,7 @@ impl Op for Square {
 
     fn backward(self: Box<Self>, outputs: OutputGradients, sink: &mut Sink<'_>) -> Result<()> {
         let dx = outputs.single().mul(&self.x)?.affine(2.0, 0.0)?;
-        match (self.spoil)(dx.to_f64_vec()) {
+        match (self.spoil)(dx.to_f64_vec().unwrap()) {
             Some(values) => sink.add(0, Tensor::from_vec(values, self.x.shape())?),
             None => Ok(()),
         }
@@ -27,7 +27,7 @@ impl Op for Square {
 
 fn square<'t>(x: &Var<'t>, spoil: fn(Vec<f64>) -> Option<Vec<f64>>) -> Result<Var<'t>> {
     let value = x.value().unary(UnaryOp::Square)?;
-    let [y] = x.tape().record(Square { x: x.value().contiguous(), spoil }, &[x], [value]);
+    let [y] = x.tape().record(Square { x: x.value().contiguous().unwrap(), spoil }, &[x], [value]);
     Ok(y)
 }
 

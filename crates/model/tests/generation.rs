@@ -13,7 +13,7 @@ fn forward_logits(model: &Transformer, ids: &[u32]) -> Vec<Vec<f64>> {
     let tape = Tape::without_gradients();
     let packing = Packing::single(ids.len()).unwrap();
     let hidden = model.hidden(&tape, &tensor(ids), &packing, false).unwrap();
-    let logits = model.logits(hidden.value()).unwrap().to_f64_vec();
+    let logits = model.logits(hidden.value()).unwrap().to_f64_vec().unwrap();
     logits.chunks(VOCABULARY).map(<[f64]>::to_vec).collect()
 }
 

@@ -25,8 +25,9 @@ fn a_document_does_not_depend_on_its_neighbours() {
     for changes in kinds() {
         for dtype in [DType::F32, DType::F64] {
             let model = model(changes.clone(), dtype);
-            let losses =
-                |ids: &[u32]| model.token_losses(&tensor(ids), &labels(ids, &packing), &packing).unwrap().to_f64_vec();
+            let losses = |ids: &[u32]| {
+                model.token_losses(&tensor(ids), &labels(ids, &packing), &packing).unwrap().to_f64_vec().unwrap()
+            };
             let before = losses(&first);
             for changed in 0..lengths.len() {
                 let start = if changed == 0 { 0 } else { cu[changed - 1] as usize };
@@ -49,10 +50,12 @@ fn a_packed_document_loses_what_it_loses_alone() {
     let text = ids(5, 40);
     for changes in kinds() {
         let model = model(changes.clone(), DType::F64);
-        let packed = model.token_losses(&tensor(&text), &labels(&text, &packing), &packing).unwrap().to_f64_vec();
+        let packed =
+            model.token_losses(&tensor(&text), &labels(&text, &packing), &packing).unwrap().to_f64_vec().unwrap();
         for range in [0..9, 9..40] {
             let (part, single) = (&text[range.clone()], Packing::single(range.len()).unwrap());
-            let alone = model.token_losses(&tensor(part), &labels(part, &single), &single).unwrap().to_f64_vec();
+            let alone =
+                model.token_losses(&tensor(part), &labels(part, &single), &single).unwrap().to_f64_vec().unwrap();
             for (a, b) in alone.iter().zip(&packed[range]) {
                 assert!((a - b).abs() < 1e-10, "{changes}: {a} alone, {b} packed");
             }
@@ -70,7 +73,7 @@ fn step(model: &Transformer, recompute: bool) -> (u64, Vec<u64>, Vec<usize>) {
     let mut announced = Vec::new();
     tape.backward_with(&loss, 1.0, &mut |id| announced.push(id.0)).unwrap();
     announced.sort_unstable();
-    let gradients = model.arena().gradients().to_f64_vec().into_iter().map(f64::to_bits).collect();
+    let gradients = model.arena().gradients().to_f64_vec().unwrap().into_iter().map(f64::to_bits).collect();
     (loss.value().to_scalar().unwrap().to_bits(), gradients, announced)
 }
 
@@ -97,7 +100,7 @@ fn a_fresh_model_loses_about_ln_of_the_vocabulary() {
         let model = Transformer::new(config, DType::F32).unwrap();
         model.initialise(1).unwrap();
         let losses = model.token_losses(&tensor(&text), &labels(&text, &packing), &packing).unwrap();
-        let mean = losses.to_f64_vec().iter().sum::<f64>() / 199.0;
+        let mean = losses.to_f64_vec().unwrap().iter().sum::<f64>() / 199.0;
         assert!((mean - (VOCABULARY as f64).ln()).abs() < 0.05, "{changes}: {mean}");
     }
 }
@@ -107,7 +110,7 @@ fn the_loss_is_the_scaled_sum_of_the_tokens_losses() {
     let model = model(json!({"tie_word_embeddings": true}), DType::F64);
     let (text, packing) = (ids(4, 30), Packing::new(&[0, 12, 30]).unwrap());
     let (ids, labels) = (tensor(&text), labels(&text, &packing));
-    let losses = model.token_losses(&ids, &labels, &packing).unwrap().to_f64_vec();
+    let losses = model.token_losses(&ids, &labels, &packing).unwrap().to_f64_vec().unwrap();
     assert_eq!((losses[11], losses[29]), (0.0, 0.0));
     let tape = Tape::without_gradients();
     let loss = model.loss(&tape, &ids, &labels, &packing, 0.25, false).unwrap().value().to_scalar().unwrap();
@@ -149,7 +152,7 @@ fn initial_weights_have_the_documented_spread() {
     {
         let model = fresh(changes.clone());
         for (entry, parameter) in model.arena().iter() {
-            let values = parameter.value.to_f64_vec();
+            let values = parameter.value.to_f64_vec().unwrap();
             let mean = values.iter().sum::<f64>() / values.len() as f64;
             let std = (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / values.len() as f64).sqrt();
             let name = &entry.name;
@@ -177,17 +180,20 @@ fn baselines_start_from_the_same_projections() {
         let other = fresh(other).named_parameters();
         let own = stick.named_parameters();
         for (name, tensor) in &other {
-            assert_eq!(tensor.to_f64_vec(), own[name].to_f64_vec(), "{name}");
+            assert_eq!(tensor.to_f64_vec().unwrap(), own[name].to_f64_vec().unwrap(), "{name}");
         }
-        assert!(own["model.layers.0.self_attn.head_bias"].to_f64_vec().iter().all(|&x| x == 0.0));
-        assert!(own["model.layers.1.self_attn.norm.bias"].to_f64_vec().iter().all(|&x| x == 0.0));
+        assert!(own["model.layers.0.self_attn.head_bias"].to_f64_vec().unwrap().iter().all(|&x| x == 0.0));
+        assert!(own["model.layers.1.self_attn.norm.bias"].to_f64_vec().unwrap().iter().all(|&x| x == 0.0));
     }
     let reseeded = fresh(json!({}));
     reseeded.initialise(12).unwrap();
     let name = "model.layers.0.self_attn.q_proj.weight";
-    assert_ne!(reseeded.named_parameters()[name].to_f64_vec(), stick.named_parameters()[name].to_f64_vec());
+    assert_ne!(
+        reseeded.named_parameters()[name].to_f64_vec().unwrap(),
+        stick.named_parameters()[name].to_f64_vec().unwrap()
+    );
     let own = stick.named_parameters();
-    let layer = |i: usize| own[&format!("model.layers.{i}.self_attn.q_proj.weight")].to_f64_vec();
+    let layer = |i: usize| own[&format!("model.layers.{i}.self_attn.q_proj.weight")].to_f64_vec().unwrap();
     assert_ne!(layer(0), layer(1), "every layer draws its own");
 }
 

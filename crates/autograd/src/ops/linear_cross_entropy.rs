@@ -52,10 +52,10 @@ pub(crate) fn cases(seed: u64) -> Vec<Case> {
     let labels = || Tensor::from_vec(vec![1i32, -100, 6, 0, 1], [5]).expect("five labels");
     vec![
         Case::new("ignored token", seed, &[&[5, 4], &[7, 4]], move |_, v| {
-            linear_cross_entropy(&v[0], &v[1], &labels(), 1.0, 0.25)
+            linear_cross_entropy(&v[0], &v[1], &labels().to_device(v[0].value().device())?, 1.0, 0.25)
         }),
         Case::new("scaled logits", seed, &[&[5, 4], &[7, 4]], move |_, v| {
-            linear_cross_entropy(&v[0], &v[1], &labels(), 0.5, 1.0)?.scale(-2.0)
+            linear_cross_entropy(&v[0], &v[1], &labels().to_device(v[0].value().device())?, 0.5, 1.0)?.scale(-2.0)
         }),
     ]
 }

@@ -31,5 +31,7 @@ impl Op for Rope {
 
 pub(crate) fn cases(seed: u64) -> Vec<Case> {
     let positions = || Tensor::from_vec(vec![0u32, 1, 2, 0, 1000], [5]).expect("five positions");
-    vec![Case::new("two documents", seed, &[&[5, 2, 6]], move |_, v| rope(&v[0], &positions(), 10_000.0))]
+    vec![Case::new("two documents", seed, &[&[5, 2, 6]], move |_, v| {
+        rope(&v[0], &positions().to_device(v[0].value().device())?, 10_000.0)
+    })]
 }

@@ -58,9 +58,9 @@ impl Op for SoftmaxAttention {
 
 pub(crate) fn cases(seed: u64) -> Vec<Case> {
     let case = |name: &str, heads: [usize; 2], alibi: bool| {
-        let (q, kv): ([usize; 3], [usize; 3]) = ([7, heads[0], 5], [7, heads[1], 5]);
+        let (q, kv): ([usize; 3], [usize; 3]) = ([7, heads[0], 16], [7, heads[1], 16]);
         let alibi_slopes = alibi.then(|| attention::alibi_slopes(heads[0]));
-        let settings = SoftmaxSettings { scale: 0.4, alibi_slopes };
+        let settings = SoftmaxSettings { scale: 0.25, alibi_slopes };
         Case::new(name, seed, &[&q, &kv, &kv], move |_, x| {
             softmax_attention(&x[0], &x[1], &x[2], &[0, 3, 3, 7], &settings)
         })

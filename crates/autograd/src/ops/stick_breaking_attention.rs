@@ -87,9 +87,9 @@ impl Op for StickBreakingAttention {
 }
 
 pub(crate) fn cases(seed: u64) -> Vec<Case> {
-    let settings = |attend_current| StickBreakingSettings { scale: 0.6, attend_current, early_exit_bits: 0 };
+    let settings = |attend_current| StickBreakingSettings { scale: 0.3, attend_current, early_exit_bits: 0 };
     let case = |name: &str, heads: [usize; 2], current: bool, use_o: bool, use_rem: bool| {
-        let (q, kv): ([usize; 3], [usize; 3]) = ([7, heads[0], 5], [7, heads[1], 5]);
+        let (q, kv): ([usize; 3], [usize; 3]) = ([7, heads[0], 16], [7, heads[1], 16]);
         Case::new(name, seed, &[&q, &kv, &kv], move |_, x| {
             let out = stick_breaking_attention(&x[0], &x[1], &x[2], &[0, 3, 3, 7], settings(current))?;
             let rem = out.rem.reshape([7, heads[0], 1])?;

@@ -89,7 +89,7 @@ pub fn backward(
     let bits = usize::BITS - vocabulary.leading_zeros();
     let passes = bits.div_ceil(DIGIT_BITS);
     let pair = |pass: u32| {
-        let start = if pass % 2 == 0 { 0 } else { 2 * tokens };
+        let start = if pass.is_multiple_of(2) { 0 } else { 2 * tokens };
         (start..start + tokens, start + tokens..start + 2 * tokens)
     };
     for pass in 0..passes {

@@ -25,7 +25,7 @@ pub fn model(changes: Value, dtype: DType) -> Transformer {
     for (entry, parameter) in model.arena().iter() {
         if entry.name.contains("norm") || entry.name.ends_with("bias") {
             let seed = entry.name.len() as u64;
-            let noise = Tensor::randn(0.0, 0.2, &entry.shape, DType::F64, seed).unwrap().to_dtype(dtype);
+            let noise = Tensor::randn(0.0, 0.2, &entry.shape, DType::F64, seed).unwrap().to_dtype(dtype).unwrap();
             parameter.value.add_assign_scaled(1.0, &noise).unwrap();
         }
     }

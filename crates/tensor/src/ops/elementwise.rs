@@ -194,10 +194,11 @@ impl Tensor {
         same_device(OP, "x", self, x)?;
         if let Some(queue) = self.queue() {
             self.require_contiguous(OP)?;
-            return Ok(match x.is_contiguous() {
-                true => queue.copy(x.device_ref(), &mut self.device_mut())?,
-                false => cuda::copy(queue, self.shape(), x.device_view(), &mut self.device_mut())?,
-            });
+            let copied = match x.is_contiguous() {
+                true => queue.copy(x.device_ref(), &mut self.device_mut()),
+                false => cuda::copy(queue, self.shape(), x.device_view(), &mut self.device_mut()),
+            };
+            return Ok(copied?);
         }
         crate::tensor::for_any!(self.dtype(), T => {
             let data = x.read::<T>()?;

@@ -122,7 +122,7 @@ pub fn apply(step: &Step, tensor: &Tensor, naive: &Naive) -> (Tensor, Naive) {
             let to = vec![naive.values.len()];
             (tensor.reshape(to.clone()).unwrap(), Naive { shape: to, values: naive.values.clone() })
         }
-        Step::Contiguous => (tensor.contiguous(), naive.clone()),
+        Step::Contiguous => (tensor.contiguous().unwrap(), naive.clone()),
         _ => (tensor.clone(), naive.clone()),
     }
 }
@@ -174,5 +174,5 @@ pub fn scattered(naive: &Naive, keys: &[usize], gap: usize) -> Tensor {
 
 /// What a tensor holds, as the model sees it.
 pub fn seen(tensor: &Tensor) -> Naive {
-    Naive { shape: tensor.shape().to_vec(), values: tensor.to_f64_vec() }
+    Naive { shape: tensor.shape().to_vec(), values: tensor.to_f64_vec().unwrap() }
 }
