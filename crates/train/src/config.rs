@@ -70,8 +70,12 @@ impl ComputeType {
             Self::F32 => Ok(DType::F32),
             Self::F64 if cpu => Ok(DType::F64),
             Self::Bf16 if !cpu => Ok(DType::BF16),
-            Self::F64 => bail!("dtype = \"f64\" needs a CPU, the device is {device}: take f32 or bf16, or --device cpu"),
-            Self::Bf16 => bail!("dtype = \"bf16\" needs a GPU, the device is {device}: take f32 or f64, or --device cuda"),
+            Self::F64 => {
+                bail!("dtype = \"f64\" needs a CPU, the device is {device}: take f32 or bf16, or --device cpu")
+            }
+            Self::Bf16 => {
+                bail!("dtype = \"bf16\" needs a GPU, the device is {device}: take f32 or f64, or --device cuda")
+            }
         }
     }
 

@@ -2,9 +2,12 @@
 
 use anyhow::{Context, Result};
 use clap::Args;
-use stickbreak_kernels::cuda::Queue;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use stickbreak_kernels::cuda::library::{Library, require};
-use stickbreak_tensor::Device;
+use stickbreak_kernels::cuda::{Queue, Source, all_sources};
+use stickbreak_model::{AttentionKind, ModelConfig};
+use stickbreak_tensor::{DType, Device};
 
 /// The option `--device`, shared by every command that computes.
 #[derive(Debug, Clone, Copy, Default, Args)]
@@ -69,6 +72,43 @@ pub fn gpu_name(device: Device) -> Option<String> {
     queue(device).ok().flatten().map(|queue| queue.gpu().name().to_owned())
 }
 
+/// Compiles and loads, in parallel, the kernels that a model will use, so that no step waits for a compiler. Does nothing
+/// on a CPU; quick where the cache on disk has them all.
+///
+/// # Errors
+/// If one does not compile, with the compiler's log.
+pub fn prepare_kernels(config: &ModelConfig, dtype: DType, device: Device, tell: impl Fn(&str) + Sync) -> Result<()> {
+    let Some(queue) = queue(device)? else { return Ok(()) };
+    let sources: Vec<Source> = all_sources().into_iter().filter(|source| is_used(source, config, dtype)).collect();
+    let started = Instant::now();
+    let last = Mutex::new(Instant::now());
+    queue.gpu().prepare(&sources, |done| {
+        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+        // Silent if all comes from the cache.
+        if last.elapsed() >= Duration::from_secs(2) {
+            *last = Instant::now();
+            tell(&format!("compiling kernels for {}: {done} of {}", queue.gpu().architecture(), sources.len()));
+        }
+    })?;
+    let seconds = started.elapsed().as_secs_f64();
+    tell(&format!("{} kernel files ready for {} in {seconds:.1} s", sources.len(), queue.gpu().architecture()));
+    Ok(())
+}
+
+/// Whether a model asks for a source: not if it is another attention's, another dtype's or another head size's.
+fn is_used(source: &Source, config: &ModelConfig, dtype: DType) -> bool {
+    let stick = config.attention == AttentionKind::StickBreaking;
+    let head_dim = config.head_dim().to_string();
+    let other_attention = match source.file {
+        file if file.starts_with("softmax") => stick,
+        file if file.starts_with("stick") => !stick,
+        _ => false,
+    };
+    let other_type = dtype != DType::F32 && source.file.contains("f32");
+    let other_size = source.defines.iter().any(|(name, value)| *name == "HEAD_DIM" && *value != head_dim);
+    !(other_attention || other_type || other_size)
+}
+
 /// ` (name, architecture)` of a GPU.
 fn name_of(device: Device) -> String {
     let queue = queue(device).ok().flatten();
@@ -78,6 +118,24 @@ fn name_of(device: Device) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_kernels_of_a_model_are_prepared() {
+        let config: ModelConfig = serde_json::from_str(
+            r#"{"vocab_size": 31, "hidden_size": 128, "intermediate_size": 40, "num_layers": 1, "num_heads": 2}"#,
+        )
+        .unwrap();
+        let used = |file, head_dim: &str, dtype| {
+            let defines = vec![("HEAD_DIM", head_dim.to_owned())];
+            is_used(&Source { file, parts: &[], defines }, &config, dtype)
+        };
+        assert!(used("stick_breaking.cu", "64", DType::BF16));
+        assert!(!used("stick_breaking.cu", "128", DType::BF16));
+        assert!(!used("softmax.cu", "64", DType::BF16));
+        assert!(used("attention_f32.cu", "64", DType::F32) && !used("attention_f32.cu", "64", DType::BF16));
+        assert!(is_used(&Source { file: "adamw.cu", parts: &[], defines: vec![] }, &config, DType::F32));
+        prepare_kernels(&config, DType::F32, Device::Cpu, |line| panic!("{line}")).unwrap();
+    }
 
     #[test]
     fn the_cpu_is_always_there_and_a_device_that_was_asked_for_is_never_replaced() {

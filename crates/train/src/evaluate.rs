@@ -48,6 +48,7 @@ impl LossSum {
 }
 
 /// A batch's tensors.
+#[derive(Debug, Clone)]
 pub struct BatchTensors {
     /// u32 `[T]`.
     pub ids: Tensor,

@@ -121,7 +121,8 @@ impl Recorder {
 
     /// Milliseconds of a phase per recorded step: of the host in host steps, of the device in device steps.
     fn per_step(&self, name: &str, kind: Kind) -> Option<f64> {
-        let of = |wanted: &str| self.spans.iter().filter(move |s| s.kind == kind && s.name == wanted).collect::<Vec<_>>();
+        let of =
+            |wanted: &str| self.spans.iter().filter(move |s| s.kind == kind && s.name == wanted).collect::<Vec<_>>();
         let (spans, steps) = (of(name), of(STEP).len());
         let milliseconds = |span: &&Span| match kind {
             Kind::Host => Some(span.host_us / 1e3),
@@ -151,9 +152,7 @@ impl Recorder {
         let thread = |id: u64, name: &str| json!({"ph": "M", "name": "thread_name", "pid": 1, "tid": id, "args": {"name": name}});
         let mut events = vec![thread(1, "host"), thread(2, "host, waiting after each phase"), thread(3, "device")];
         for span in &self.spans {
-            let event = |thread: u64, duration: f64| {
-                json!({"ph": "X", "name": span.name, "pid": 1, "tid": thread, "ts": span.start_us, "dur": duration})
-            };
+            let event = |thread: u64, duration: f64| json!({"ph": "X", "name": span.name, "pid": 1, "tid": thread, "ts": span.start_us, "dur": duration});
             events.push(event(if span.kind == Kind::Host { 1 } else { 2 }, span.host_us));
             // The device is idle when a phase of a device step begins, so both begin together.
             events.extend(span.device_ms.map(|ms| event(3, 1e3 * ms)));

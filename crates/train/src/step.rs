@@ -146,7 +146,12 @@ fn on_gpu(
 ///
 /// # Errors
 /// As [`take_step`]; memory that the device does not have.
-pub fn rehearse(model: &Transformer, optimizer: &Optimizer, batch: &BatchTensors, settings: &StepSettings) -> Result<()> {
+pub fn rehearse(
+    model: &Transformer,
+    optimizer: &Optimizer,
+    batch: &BatchTensors,
+    settings: &StepSettings,
+) -> Result<()> {
     model.arena().zero_gradients()?;
     accumulate_gradients(model, batch, settings)?;
     if let gpu @ Device::Cuda(_) = model.device() {
