@@ -133,7 +133,7 @@ mod tests {
     #[test]
     fn the_shapes_are_the_models_that_peers_are_timed_on() {
         for (shape, millions, tokens) in
-            [(Shape::M110, 110.1, 65536), (Shape::M360, 359.8, 32768), (Shape::B1, 1336.0, 16384)]
+            [(Shape::M110, 110.1, 65536), (Shape::M360, 359.8, 32768), (Shape::B1, 1336.2, 16384)]
         {
             let config = shape.model(AttentionKind::StickBreaking, 0).unwrap();
             config.validate().unwrap();
