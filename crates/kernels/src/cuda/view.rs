@@ -171,6 +171,15 @@ impl<'a> DeviceMut<'a> {
         DeviceMut { pointer: self.pointer, len: self.len, dtype: self.dtype, memory: PhantomData }
     }
 
+    /// Some of the elements, for as long as the whole view lasts.
+    ///
+    /// # Panics
+    /// If the range reaches past the end.
+    pub fn into_slice(self, range: Range<usize>) -> DeviceMut<'a> {
+        let (pointer, len) = part(self.pointer, self.len, self.dtype, &range);
+        DeviceMut { pointer, len, ..self }
+    }
+
     /// Some of the elements.
     ///
     /// # Panics
