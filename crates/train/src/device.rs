@@ -95,6 +95,9 @@ pub fn prepare_kernels(config: &ModelConfig, dtype: DType, device: Device, tell:
     Ok(())
 }
 
+/// The smallest head size that a kernel of padded heads is made for.
+const SMALLEST_WIDTH: usize = 32;
+
 /// Whether a model asks for a source: not if it is another attention's, another dtype's or another head size's.
 fn is_used(source: &Source, config: &ModelConfig, dtype: DType) -> bool {
     let stick = config.attention == AttentionKind::StickBreaking;
@@ -105,7 +108,12 @@ fn is_used(source: &Source, config: &ModelConfig, dtype: DType) -> bool {
         _ => false,
     };
     let other_type = dtype != DType::F32 && source.file.contains("f32");
-    let other_size = source.defines.iter().any(|(name, value)| *name == "HEAD_DIM" && *value != head_dim);
+    // WIDTH is the size up to which smaller heads are padded.
+    let other_size = source.defines.iter().any(|(name, value)| match *name {
+        "HEAD_DIM" => *value != head_dim,
+        "WIDTH" => value.parse() != Ok(config.head_dim().next_power_of_two().max(SMALLEST_WIDTH)),
+        _ => false,
+    });
     !(other_attention || other_type || other_size)
 }
 

@@ -14,12 +14,13 @@ pub(super) struct Estimate {
     pub(super) parts: BTreeMap<String, u64>,
 }
 
-/// What a GPU keeps of the stick of every query for the backward pass: a float32 for each so many keys.
-const STICK_STATE_KEYS: u64 = 64;
+/// What the attention keeps of the sticks for its backward pass is at most this share of q, k, v and o; if it would be
+/// more, it is computed again.
+const STICK_STATE_SHARE: u64 = 8;
 /// Tokens whose logits a GPU holds at once.
-const LOGITS_CHUNK: u64 = 2048;
-/// Workspace of the matrix products, staging, and what the pool rounds up.
-const GPU_OVERHEAD_BYTES: u64 = 512 << 20;
+const LOGITS_CHUNK: u64 = 4096;
+/// Workspaces of the attention's backward pass (1 GiB at most) and of the matrix products, and what the pool rounds up.
+const GPU_OVERHEAD_BYTES: u64 = 1280 << 20;
 
 /// Elements that a step holds, by what they are.
 struct Elements {
@@ -74,26 +75,28 @@ fn on_gpu(config: &RunConfig, dtype: DType) -> Vec<(&'static str, u64)> {
     let (vocabulary, c) = (model.vocab_size as u64, model.hidden_size as u64);
     // Beside bf16 weights the optimizer keeps float32 ones.
     let weights = if dtype == DType::BF16 { 4 + 2 } else { size };
-    // A chunk's logits in the compute type and in float32; hidden states and their gradient; the weight's in float32.
-    let head = LOGITS_CHUNK.min(tokens) * vocabulary * (size + 4) + 2 * tokens * c * size + 4 * vocabulary * c;
+    // A chunk's logits; hidden states and their gradient; the weight's in float32.
+    let head = LOGITS_CHUNK.min(tokens) * vocabulary * size + 2 * tokens * c * size + 4 * vocabulary * c;
     let kept_layers = if config.train.recompute { 1 } else { model.num_layers as u64 };
     vec![
         ("weights", parameters * weights),
         ("gradients of weights", parameters * 4),
         ("optimizer moments", parameters * 8),
         ("activations", activations * size),
-        ("state of the stick", kept_layers * stick_state(model, tokens, config.train.sequence_length as u64)),
+        ("state of the attention", kept_layers * attention_state(model, tokens, size)),
         ("output projection and loss", head),
         ("gradients of activations", in_flight * size),
-        ("libraries", GPU_OVERHEAD_BYTES),
+        ("workspaces", GPU_OVERHEAD_BYTES),
     ]
 }
 
-/// Bytes of one layer's stick state, for documents as long as the sequences.
-fn stick_state(model: &ModelConfig, tokens: u64, length: u64) -> u64 {
+/// Bytes of one layer's attention state: a float32 a query and head, and for stick-breaking the sticks.
+fn attention_state(model: &ModelConfig, tokens: u64, size: u64) -> u64 {
+    let (heads, kv_heads, d) = (model.num_heads as u64, model.kv_heads() as u64, model.head_dim() as u64);
+    let rows = 4 * tokens * heads;
     match model.attention {
-        AttentionKind::StickBreaking => 4 * model.num_heads as u64 * tokens * length.div_ceil(STICK_STATE_KEYS),
-        _ => 4 * model.num_heads as u64 * tokens,
+        AttentionKind::StickBreaking => rows + tokens * 2 * (heads + kv_heads) * d * size / STICK_STATE_SHARE,
+        _ => rows,
     }
 }
 
@@ -226,8 +229,8 @@ mod tests {
         assert_eq!(parts["weights"], 6 * n);
         assert_eq!(parts["gradients of weights"], 4 * n);
         assert_eq!(parts["optimizer moments"], 8 * n);
-        // 64 sequences of 512 tokens, 4 heads, 8 values a query, 4 layers.
-        assert_eq!(parts["state of the stick"], 4 * 4 * (32768 * 8) * 4);
+        // 4 layers, 32768 tokens, 4 heads of 16: the remainder, and an eighth of q, k, v and o.
+        assert_eq!(parts["state of the attention"], 4 * (32768 * 4 * 4 + 32768 * 4 * 64 * 2 / 8));
         let of_f32 = estimate(&config, CUDA, DType::F32).parts;
         assert_eq!(of_f32["weights"], 4 * n);
         assert_eq!(of_f32["activations"], 2 * parts["activations"]);
@@ -240,7 +243,7 @@ mod tests {
         let (kept, recomputed) = (config(&[]), config(&["train.recompute=true"]));
         let bytes = |config: &RunConfig, part: &str| estimate(config, CUDA, DType::BF16).parts[part];
         assert!(bytes(&recomputed, "activations") < bytes(&kept, "activations") / 2);
-        assert_eq!(bytes(&recomputed, "state of the stick"), bytes(&kept, "state of the stick") / 4);
+        assert_eq!(bytes(&recomputed, "state of the attention"), bytes(&kept, "state of the attention") / 4);
         let all = estimate(&kept, CUDA, DType::BF16);
         let available = GPU_OVERHEAD_BYTES + (all.total() - GPU_OVERHEAD_BYTES) / 3;
         let message = all.check_within(&kept, CUDA, DType::BF16, available).unwrap_err().to_string();
