@@ -1,5 +1,8 @@
 //! Chores of the workspace: builds the program and hands over to it, or checks everything. No numerics here.
 
+mod dist;
+mod nvrtc;
+
 use anyhow::{Context, Result, bail};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -20,7 +23,10 @@ These build the release program `stickbreak` and hand over to it (`cargo xtask <
 
 These check the workspace:
   test             format, lints, tests, documentation, and the main job on a few steps
-  ci               what continuous integration runs: test, and golden vectors if they are beside the checkout
+  ci               what continuous integration runs: test, every CUDA kernel through the compiler (no GPU needed), and
+                   golden vectors if they are beside the checkout
+
+  dist [--out DIR] a folder to copy to a machine without Rust; default target/dist
 ";
 
 fn main() -> ExitCode {
@@ -33,6 +39,7 @@ fn main() -> ExitCode {
         }
         "test" => test(),
         "ci" => ci(),
+        "dist" => dist::dist(&rest),
         "" | "help" | "--help" | "-h" => {
             print!("{USAGE}");
             Ok(())
@@ -135,9 +142,11 @@ fn main_job() -> Result<()> {
         ["--set", "sample.tokens=20"],
         ["--set", &data],
     ];
-    check(stickbreak(&["train", "--out", &folder]).args(small.concat()))?;
-    check(&mut stickbreak(&["generate", &folder, "--tokens", "20", "--prompt", "fn main"]))?;
-    check(&mut stickbreak(&["eval", &folder, "--data", "README.md", "--length", "128"]))?;
+    // On the CPU also where there is a GPU: what this checks must not depend on the machine.
+    let cpu = ["--device", "cpu"];
+    check(stickbreak(&["train", "--out", &folder]).args(cpu).args(small.concat()))?;
+    check(stickbreak(&["generate", &folder, "--tokens", "20", "--prompt", "fn main"]).args(cpu))?;
+    check(stickbreak(&["eval", &folder, "--data", "README.md", "--length", "128"]).args(cpu))?;
     check(&mut stickbreak(&["report", &folder]))?;
     let report = run.join("report.html");
     if !report.exists() {
@@ -148,9 +157,10 @@ fn main_job() -> Result<()> {
 
 fn ci() -> Result<()> {
     test()?;
+    nvrtc::compile_kernels()?;
     let vectors = root().join("../shared/vectors");
     if vectors.exists() {
-        check(Command::new(build()?).arg("verify").arg(vectors))?;
+        check(Command::new(build()?).arg("verify").arg(vectors).args(["--device", "cpu"]))?;
     }
     Ok(())
 }

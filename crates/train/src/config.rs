@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use stickbreak_model::ModelConfig;
-use stickbreak_tensor::DType;
+use stickbreak_tensor::{DType, Device};
 
 /// Everything that decides a run. Unknown keys are refused.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -16,8 +16,8 @@ pub struct RunConfig {
     /// Seed of the initial weights, the order of the data and the samples.
     #[serde(default = "defaults::seed")]
     pub seed: u64,
-    /// Number type of weights and arithmetic on a CPU: `f32`, or `f64` for studies.
-    #[serde(default = "defaults::dtype")]
+    /// Number type of the arithmetic; `auto` is f32 on a CPU and bf16 on a GPU.
+    #[serde(default)]
     pub dtype: ComputeType,
     /// The model.
     pub model: ModelConfig,
@@ -42,21 +42,49 @@ pub struct RunConfig {
     pub checkpoint: CheckpointConfig,
 }
 
-/// Number type of a run on a CPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Number type of a run's arithmetic. Weights, moments and gradient sums are float32 beside bf16, else of this type too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum ComputeType {
+    /// What the device is best at: f32 on a CPU, bf16 on a GPU. A run keeps what it resolved to.
+    #[default]
+    Auto,
     /// 32-bit.
     F32,
-    /// 64-bit.
+    /// 64-bit, for studies; on a CPU only.
     F64,
+    /// bfloat16 with float32 sums; on a GPU only.
+    Bf16,
 }
 
-impl From<ComputeType> for DType {
-    fn from(value: ComputeType) -> Self {
-        match value {
-            ComputeType::F32 => DType::F32,
-            ComputeType::F64 => DType::F64,
+impl ComputeType {
+    /// The number type on a device.
+    ///
+    /// # Errors
+    /// If the device does not compute in it.
+    pub fn resolve(self, device: Device) -> Result<DType> {
+        let cpu = device == Device::Cpu;
+        match self {
+            Self::Auto if cpu => Ok(DType::F32),
+            Self::Auto => Ok(DType::BF16),
+            Self::F32 => Ok(DType::F32),
+            Self::F64 if cpu => Ok(DType::F64),
+            Self::Bf16 if !cpu => Ok(DType::BF16),
+            Self::F64 => {
+                bail!("dtype = \"f64\" needs a CPU, the device is {device}: take f32 or bf16, or --device cpu")
+            }
+            Self::Bf16 => {
+                bail!("dtype = \"bf16\" needs a GPU, the device is {device}: take f32 or f64, or --device cuda")
+            }
+        }
+    }
+
+    /// The name of a number type that [`resolve`](Self::resolve) gave.
+    pub(crate) fn of(dtype: DType) -> Self {
+        match dtype {
+            DType::F64 => Self::F64,
+            DType::BF16 => Self::Bf16,
+            _ => Self::F32,
         }
     }
 }
@@ -268,12 +296,8 @@ impl Default for CheckpointConfig {
 }
 
 mod defaults {
-    use super::ComputeType;
     pub(super) fn seed() -> u64 {
         1
-    }
-    pub(super) fn dtype() -> ComputeType {
-        ComputeType::F32
     }
     pub(super) fn tokenizer() -> String {
         "bytes".into()
@@ -509,5 +533,33 @@ mod tests {
         assert!(message.contains('3') && message.contains("4 sequences"), "{message}");
         assert!(error(SMALL, &["name=../escape"]).contains("names folders"));
         assert!(error(SMALL, &["checkpoint.keep_last=1"]).contains("keep_last"));
+    }
+
+    #[test]
+    fn the_dtype_follows_the_device_and_what_it_cannot_do_is_refused() {
+        let (cpu, cuda) = (Device::Cpu, Device::Cuda(1));
+        assert_eq!(RunConfig::parse(SMALL, &[]).unwrap().dtype, ComputeType::Auto);
+        for (asked, on_cpu, on_cuda) in [
+            ("auto", Some(DType::F32), Some(DType::BF16)),
+            ("f32", Some(DType::F32), Some(DType::F32)),
+            ("f64", Some(DType::F64), None),
+            ("bf16", None, Some(DType::BF16)),
+        ] {
+            let dtype = RunConfig::parse(SMALL, &[format!("dtype={asked}")]).unwrap().dtype;
+            for (device, expected) in [(cpu, on_cpu), (cuda, on_cuda)] {
+                match (dtype.resolve(device), expected) {
+                    (Ok(found), Some(expected)) => {
+                        assert_eq!(found, expected);
+                        assert_eq!(ComputeType::of(found).resolve(device).unwrap(), found, "a resolved type stays");
+                    }
+                    (Err(error), None) => {
+                        let message = error.to_string();
+                        assert!(message.contains(asked) && message.contains(&device.to_string()), "{message}");
+                    }
+                    (found, _) => panic!("{asked} on {device}: {found:?}"),
+                }
+            }
+        }
+        assert!(error(SMALL, &["dtype=f16"]).contains("bf16"));
     }
 }

@@ -4,6 +4,24 @@ use crate::metrics::{LengthMetrics, TrainMetrics, ValidMetrics};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{IsTerminal, Write};
 
+/// The log line of a step. On a GPU it says how long the host was busy, too.
+fn step_line(metrics: &TrainMetrics, flops_per_second: f64) -> String {
+    let time = match metrics.host_milliseconds {
+        Some(host) => format!("{:>6.1} ms (host {host:.1})", metrics.milliseconds),
+        None => format!("{:>6.0} ms", metrics.milliseconds),
+    };
+    let rate = match flops_per_second {
+        rate if rate >= 1e12 => format!("{:>5.1} TFLOP/s", rate / 1e12),
+        rate => format!("{:>5.0} GFLOP/s", rate / 1e9),
+    };
+    let mfu = metrics.mfu.map_or("n/a".to_owned(), |mfu| format!("{:.1}%", 100.0 * mfu));
+    let memory = metrics.peak_memory_bytes.unwrap_or(0) >> 20;
+    format!(
+        "step {:>6}  loss {:.4}  norm {:.3}  lr {:.2e}  {:>7.0} tok/s  {time}  {rate}  MFU {mfu}  {memory} MiB",
+        metrics.step, metrics.loss, metrics.grad_norm, metrics.learning_rate, metrics.tokens_per_second,
+    )
+}
+
 /// Prints to standard error; lines do not tear the bar.
 #[derive(Debug)]
 pub struct Console {
@@ -32,17 +50,7 @@ impl Console {
         self.bar.set_position(metrics.step);
         self.bar.set_message(format!("loss {:.3}", metrics.loss));
         if print {
-            let memory = metrics.peak_memory_bytes.unwrap_or(0) >> 20;
-            self.line(&format!(
-                "step {:>6}  loss {:.4}  norm {:.3}  lr {:.2e}  {:>7.0} tok/s  {:>6.0} ms  {:>5.0} GFLOP/s  MFU n/a  {memory} MiB",
-                metrics.step,
-                metrics.loss,
-                metrics.grad_norm,
-                metrics.learning_rate,
-                metrics.tokens_per_second,
-                metrics.milliseconds,
-                flops_per_second / 1e9,
-            ));
+            self.line(&step_line(metrics, flops_per_second));
         }
     }
 
@@ -66,5 +74,35 @@ impl Console {
     /// Takes the bar away.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_line_has_all_of_a_steps_figures() {
+        let mut metrics = TrainMetrics {
+            step: 12,
+            loss: 3.25,
+            grad_norm: 0.5,
+            learning_rate: 1e-3,
+            tokens_per_second: 2345.6,
+            milliseconds: 200.4,
+            device_milliseconds: None,
+            host_milliseconds: None,
+            tokens_seen: 0,
+            mfu: None,
+            peak_memory_bytes: Some(5 << 20),
+        };
+        let line = step_line(&metrics, 4e10);
+        assert_eq!(
+            line,
+            "step     12  loss 3.2500  norm 0.500  lr 1.00e-3     2346 tok/s     200 ms     40 GFLOP/s  MFU n/a  5 MiB"
+        );
+        (metrics.mfu, metrics.device_milliseconds, metrics.host_milliseconds) = (Some(0.4567), Some(198.0), Some(31.2));
+        let line = step_line(&metrics, 4.5e14);
+        assert!(line.contains("200.4 ms (host 31.2)  450.0 TFLOP/s  MFU 45.7%"), "{line}");
     }
 }

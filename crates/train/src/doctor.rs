@@ -1,8 +1,13 @@
 //! What this machine has, and what of it will be used.
 
+use crate::config::ComputeType;
+use crate::device::{self, DeviceOption};
+use crate::mfu;
 use crate::trainer::program_version;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::path::Path;
+use stickbreak_kernels::cuda::compile;
+use stickbreak_kernels::cuda::library::{Library, require};
 use stickbreak_tensor::Device;
 
 /// Prints one line for each thing that matters to a run.
@@ -22,13 +27,7 @@ pub fn run() -> Result<()> {
         "free memory",
         memory.map_or("unknown".into(), |bytes| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64)),
     );
-    line(
-        "device cuda",
-        match Device::Cuda(0).check_available() {
-            Ok(()) => "usable".into(),
-            Err(error) => error.to_string(),
-        },
-    );
+    cuda(&line);
     line(
         "parquet",
         if cfg!(feature = "parquet") { "built in" } else { "not built in; build with --features parquet" }.into(),
@@ -47,8 +46,63 @@ pub fn run() -> Result<()> {
     let here = Path::new("configs/quickstart.toml");
     let config = if here.exists() { "found" } else { "not in this folder; give `train` a config" };
     line("quickstart", config.into());
-    line("training", "will run on the cpu in f32".into());
+    let (device, why) = DeviceOption::default().choose()?;
+    line("training", format!("will run in {}; {why}", ComputeType::Auto.resolve(device)?));
     Ok(())
+}
+
+/// Driver, libraries, compiler and cards: where each was found, or where it was looked for.
+fn cuda(line: &impl Fn(&str, String)) {
+    line("NVIDIA driver", driver_version().unwrap_or_else(|| "not loaded".into()));
+    let found =
+        |library: Library| require(library).map_or_else(|error| error.to_string(), |place| format!("in {place}"));
+    for library in Library::ALL {
+        line(library.file(), found(library));
+    }
+    if let Ok((major, minor)) = compile::nvrtc_version() {
+        line("NVRTC", format!("{major}.{minor}"));
+    }
+    let cache = compile::cache_folder().map_or("none: set STICKBREAK_CACHE or HOME".to_owned(), |folder| {
+        let files = std::fs::read_dir(&folder).map_or(0, |entries| entries.flatten().count());
+        format!("{} ({files} files)", folder.display())
+    });
+    line("kernel cache", cache);
+    for ordinal in 0.. {
+        let gpu = device::queue(Device::Cuda(ordinal)).and_then(|queue| queue.context("no queue"));
+        match gpu.and_then(|queue| Ok((queue.gpu().memory()?, queue))) {
+            Ok((memory, queue)) => {
+                let gpu = queue.gpu();
+                let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+                let peak = mfu::peak_flops(gpu.name())
+                    .map_or("peak not known".to_owned(), |peak| format!("{:.0} TFLOP/s in bf16", peak / 1e12));
+                line(
+                    &format!("device cuda:{ordinal}"),
+                    format!(
+                        "{}, {}, {} multiprocessors, {:.1} of {:.1} GiB free, {peak}",
+                        gpu.name(),
+                        gpu.architecture(),
+                        gpu.multiprocessors(),
+                        gib(memory.free),
+                        gib(memory.total)
+                    ),
+                );
+            }
+            // The first one says why there is none; the next ones only that there are no more.
+            Err(error) => {
+                if ordinal == 0 {
+                    line("device cuda:0", format!("{error:#}"));
+                }
+                return;
+            }
+        }
+    }
+}
+
+/// The version of the loaded kernel module.
+fn driver_version() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
+    let is_version = |word: &&str| word.contains('.') && word.split('.').all(|part| part.parse::<u32>().is_ok());
+    text.lines().next()?.split_whitespace().find(is_version).map(str::to_owned)
 }
 
 fn processor_name() -> Option<String> {

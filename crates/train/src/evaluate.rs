@@ -6,7 +6,7 @@ use crate::metrics::{LengthMetrics, PositionLoss, ValidMetrics};
 use crate::signal::StopFlag;
 use anyhow::{Result, bail};
 use stickbreak_model::{Packing, Transformer};
-use stickbreak_tensor::Tensor;
+use stickbreak_tensor::{Device, Tensor};
 
 /// Sum of losses over tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -48,6 +48,7 @@ impl LossSum {
 }
 
 /// A batch's tensors.
+#[derive(Debug, Clone)]
 pub struct BatchTensors {
     /// u32 `[T]`.
     pub ids: Tensor,
@@ -58,16 +59,16 @@ pub struct BatchTensors {
 }
 
 impl BatchTensors {
-    /// Moves a batch into tensors.
+    /// Moves a batch into tensors on a device.
     ///
     /// # Errors
-    /// Never for a batch of the loader.
-    pub fn new(batch: &Batch) -> Result<Self> {
+    /// If the device has not the memory; never for a batch of the loader on a CPU.
+    pub fn new(batch: &Batch, device: Device) -> Result<Self> {
         let tokens = batch.ids.len();
         Ok(Self {
-            ids: Tensor::from_slice(&batch.ids, [tokens])?,
-            labels: Tensor::from_slice(&batch.labels, [tokens])?,
-            packing: Packing::new(&batch.cu_seqlens)?,
+            ids: Tensor::from_slice(&batch.ids, [tokens])?.to_device(device)?,
+            labels: Tensor::from_slice(&batch.labels, [tokens])?.to_device(device)?,
+            packing: Packing::new(&batch.cu_seqlens)?.to_device(device)?,
         })
     }
 }
@@ -112,8 +113,8 @@ fn for_each_loss(
             return Ok(false);
         }
         let batch = batch?;
-        let tensors = BatchTensors::new(&batch)?;
-        let losses = model.token_losses(&tensors.ids, &tensors.labels, &tensors.packing)?.to_f64_vec();
+        let tensors = BatchTensors::new(&batch, model.device())?;
+        let losses = model.token_losses(&tensors.ids, &tensors.labels, &tensors.packing)?.to_f64_vec()?;
         each(&batch, &losses);
     }
     Ok(true)

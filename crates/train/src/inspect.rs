@@ -21,7 +21,7 @@ pub fn attention_metrics(model: &Transformer, ids: &Tensor, step: u64) -> Result
     let mut heads = Vec::new();
     for (layer, attention) in layers.iter().enumerate() {
         let size = attention.weights.dim(1)?;
-        let all = attention.weights.to_f64_vec();
+        let all = attention.weights.to_f64_vec()?;
         for (head, weights) in all.chunks_exact(size * size).enumerate() {
             heads.push(AttentionHead {
                 layer,

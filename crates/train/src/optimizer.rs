@@ -5,7 +5,7 @@ use anyhow::Result;
 use std::ops::Range;
 use stickbreak_model::{Transformer, init};
 use stickbreak_tensor::Tensor;
-use stickbreak_tensor::ops::nn::{self, AdamW};
+use stickbreak_tensor::ops::nn::{self, AdamW, StepGuard};
 
 /// A range of the arena whose parameters share weight decay and learning-rate factor.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,8 +25,11 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// A fresh state for a model.
-    pub fn new(config: OptimizerConfig, model: &Transformer) -> Self {
+    /// A fresh state for a model, on its device.
+    ///
+    /// # Errors
+    /// If the device has not the memory.
+    pub fn new(config: OptimizerConfig, model: &Transformer) -> Result<Self> {
         let arena = model.arena();
         let mut segments: Vec<Segment> = Vec::new();
         for entry in arena.entries() {
@@ -40,8 +43,8 @@ impl Optimizer {
                 _ => segments.push(Segment { range: entry.range.clone(), decays, learning_rate_factor }),
             }
         }
-        let zeros = || Tensor::zeros(arena.values().shape(), arena.values().dtype());
-        Self { config, first_moment: zeros(), second_moment: zeros(), segments }
+        let zeros = || Tensor::zeros_on(arena.master().shape(), arena.master().dtype(), model.device());
+        Ok(Self { config, first_moment: zeros()?, second_moment: zeros()?, segments })
     }
 
     /// The moments, for a checkpoint.
@@ -59,26 +62,62 @@ impl Optimizer {
     /// # Errors
     /// Only if model and state do not belong together.
     pub fn step(&self, model: &Transformer, step: u64, learning_rate: f64, gradient_scale: f64) -> Result<()> {
-        let (values, gradients) = (model.arena().values(), model.arena().gradients());
-        for Segment { range, decays, learning_rate_factor } in &self.segments {
-            let spec = AdamW {
-                learning_rate: learning_rate * learning_rate_factor,
-                beta1: self.config.beta1,
-                beta2: self.config.beta2,
-                epsilon: self.config.epsilon,
-                weight_decay: if *decays { self.config.weight_decay } else { 0.0 },
-                step,
-                grad_scale: gradient_scale,
-            };
-            let part = |tensor: &Tensor| tensor.narrow(0, range.start, range.len());
-            nn::adamw_step(
-                &spec,
-                &part(values)?,
-                &part(gradients)?,
-                &part(&self.first_moment)?,
-                &part(&self.second_moment)?,
-            )?;
+        for segment in &self.segments {
+            let spec = self.spec(segment, step, learning_rate, gradient_scale);
+            let [values, gradients, first, second] = self.parts(segment, model)?;
+            nn::adamw_step(&spec, &values, &gradients, &first, &second)?;
+        }
+        Ok(model.arena().publish()?)
+    }
+
+    /// [`step`](Self::step) on a GPU without a wait: the clip factor is computed there from the gradients' sum of
+    /// squares, and nothing is written if that or the loss (both float32 scalars on the device) is not finite. The
+    /// weights that the ops read are rounded from the master's in the same pass.
+    ///
+    /// # Errors
+    /// If model and state do not belong together, or the device fails.
+    pub fn step_guarded(
+        &self,
+        model: &Transformer,
+        step: u64,
+        learning_rate: f64,
+        sum_of_squares: &Tensor,
+        loss: &Tensor,
+    ) -> Result<()> {
+        let guard = StepGuard { sum_of_squares, loss, clip_norm: self.config.clip_norm };
+        let arena = model.arena();
+        let rounds = arena.values().dtype() != arena.master().dtype();
+        for segment in &self.segments {
+            let spec = self.spec(segment, step, learning_rate, 1.0);
+            let [master, gradients, first, second] = self.parts(segment, model)?;
+            let copy = rounds.then(|| segment.part(arena.values())).transpose()?;
+            nn::adamw_step_guarded(&spec, &master, &gradients, &first, &second, copy.as_ref(), &guard)?;
         }
         Ok(())
+    }
+
+    fn spec(&self, segment: &Segment, step: u64, learning_rate: f64, grad_scale: f64) -> AdamW {
+        AdamW {
+            learning_rate: learning_rate * segment.learning_rate_factor,
+            beta1: self.config.beta1,
+            beta2: self.config.beta2,
+            epsilon: self.config.epsilon,
+            weight_decay: if segment.decays { self.config.weight_decay } else { 0.0 },
+            step,
+            grad_scale,
+        }
+    }
+
+    /// A segment's master values, gradients and both moments.
+    fn parts(&self, segment: &Segment, model: &Transformer) -> Result<[Tensor; 4]> {
+        let (master, gradients) = (model.arena().master(), model.arena().gradients());
+        let part = |tensor| segment.part(tensor);
+        Ok([part(master)?, part(gradients)?, part(&self.first_moment)?, part(&self.second_moment)?])
+    }
+}
+
+impl Segment {
+    fn part(&self, tensor: &Tensor) -> Result<Tensor> {
+        Ok(tensor.narrow(0, self.range.start, self.range.len())?)
     }
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use loop_support::{Running, Workspace, assert_same_run, damage, records, refused, steps, stickbreak, succeed};
+use stickbreak_kernels::cuda::library::Library;
 use stickbreak_model::{ModelConfig, Transformer};
 use stickbreak_tensor::DType;
 use stickbreak_train::metrics::Record;
@@ -182,6 +183,10 @@ fn data_that_does_not_fit_ends_with_a_message() {
 fn with_paths(command: &str, run: &Path, more: &[&str]) -> Command {
     let mut process = stickbreak();
     process.arg(command).arg(run).args(more);
+    if ["eval", "generate"].contains(&command) {
+        // Also where there is a GPU: results are compared with the training's, to the bit.
+        process.args(["--device", "cpu"]);
+    }
     process
 }
 
@@ -263,4 +268,73 @@ fn a_model_with_fewer_ids_than_the_byte_tokenizer_is_refused() {
     let data = workspace.path("held-out.txt");
     let error = refused(&mut with_paths("eval", &folder, &["--data", data.to_str().unwrap()]));
     assert!(error.contains("100") && error.contains("257"), "{error}");
+}
+
+#[test]
+fn a_device_or_dtype_that_cannot_be_used_is_an_error_and_never_replaced() {
+    let workspace = Workspace::new();
+    // No machine has so many cards; most have no driver, and are told which library was looked for, and where.
+    let cuda = |command: &mut Command| {
+        let error = refused(command.args(["--device", "cuda:4000"]));
+        assert!(error.contains("cuda:4000") && !error.contains("panicked"), "{error}");
+        if stickbreak_kernels::cuda::library::require(Library::Driver).is_err() {
+            assert!(error.contains("libcuda.so.1") && error.contains("/usr/local/cuda"), "{error}");
+        }
+    };
+    let config = workspace.path("run.toml");
+    cuda(stickbreak().arg("train").arg(&config).arg("--out").arg(workspace.path("run")));
+    cuda(stickbreak().args(["verify", "."]));
+    cuda(stickbreak().args(["bench", "gemm"]));
+    assert!(!workspace.path("run").exists());
+
+    let error = refused(&mut workspace.command("run", &["dtype=bf16"]));
+    assert!(error.contains("bf16") && error.contains("needs a GPU"), "{error}");
+    let error = refused(stickbreak().args(["bench", "train", "--shape", "360m", "--device", "cpu"]));
+    assert!(error.contains("--shape"), "{error}");
+    let output = stickbreak().args(["train", "--device", "tpu"]).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.contains("expected cpu, cuda or cuda:N"), "{error}");
+}
+
+#[test]
+fn the_device_is_announced_and_the_resolved_dtype_stored() {
+    let workspace = Workspace::new();
+    let (_, log) = succeed(&mut workspace.command("run", &["train.steps=2", "dtype=auto"]));
+    assert!(log.contains("device cpu, as asked") && log.contains("f32 on cpu") && log.contains("MFU n/a"), "{log}");
+    let stored = fs::read_to_string(workspace.path("run/config.toml")).unwrap();
+    assert!(stored.contains("dtype = \"f32\""), "{stored}");
+    // What `auto` was resolved to is the same run.
+    succeed(&mut workspace.command("run", &["train.steps=4", "dtype=f32"]));
+    let error = refused(&mut workspace.command("run", &["train.steps=6", "dtype=f64"]));
+    assert!(error.contains("dtype"), "{error}");
+}
+
+#[test]
+fn a_profile_says_where_the_time_goes_and_changes_no_bit() {
+    let workspace = Workspace::new();
+    succeed(&mut workspace.command("plain", &[]));
+    let (_, log) = succeed(workspace.command("profiled", &[]).arg("--profile"));
+    assert_same_run(&workspace.path("plain"), &workspace.path("profiled"), 12);
+    for phase in ["upload", "forward", "backward", "optimizer", "step", "100.0%"] {
+        assert!(log.contains(phase), "{phase}: {log}");
+    }
+    let trace = fs::read(workspace.path("profiled/profile.json")).unwrap();
+    let trace: serde_json::Value = serde_json::from_slice(&trace).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let of = |name: &str| events.iter().filter(|e| e["ph"] == "X" && e["name"] == name).count();
+    assert_eq!((of("step"), of("forward"), of("optimizer")), (5, 10, 5), "five steps of two micro-batches");
+    assert!(events.iter().filter(|e| e["ph"] == "X").all(|e| e["dur"].as_f64().unwrap() >= 0.0));
+
+    // A run too short to be recorded says so.
+    let (_, log) = succeed(workspace.command("short", &["train.steps=2"]).arg("--profile"));
+    assert!(log.contains("not recorded") && !workspace.path("short/profile.json").exists(), "{log}");
+}
+
+#[test]
+fn the_doctor_names_libraries_places_and_what_training_would_use() {
+    let (text, _) = succeed(stickbreak().arg("doctor"));
+    for what in ["libcuda.so.1", "libnvrtc.so.13", "libcublasLt.so.13", "kernel cache", "device cuda:0", "training"] {
+        assert!(text.contains(what), "{what}: {text}");
+    }
+    assert!(text.contains("will run in"), "{text}");
 }

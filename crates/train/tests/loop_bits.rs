@@ -159,7 +159,7 @@ fn first_step(workspace: &Workspace, dtype: &str, micro_batch: usize) -> (f64, f
         _ => None,
     });
     let (loss, norm) = step.unwrap();
-    (loss, norm, trainer.model().arena().gradients().to_f64_vec())
+    (loss, norm, trainer.model().arena().gradients().to_f64_vec().unwrap())
 }
 
 #[test]

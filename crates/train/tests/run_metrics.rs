@@ -16,6 +16,8 @@ fn train(step: u64) -> Record {
         learning_rate: 6e-4,
         tokens_per_second: if step == 1 { f64::NAN } else { 3200.5 },
         milliseconds: 1280.25,
+        device_milliseconds: None,
+        host_milliseconds: None,
         tokens_seen: step * 4096,
         mfu: None,
         peak_memory_bytes: Some(1 << 30),

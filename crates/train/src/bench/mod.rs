@@ -1,26 +1,42 @@
 //! `stickbreak bench`: the same shapes every time, as a table and as JSON.
+//!
+//! On a CPU times are wall times; on a GPU they are the device's own, after a warm-up. Inputs are random with a fixed
+//! seed. Figures with early exit on random data flatter: the stick is used up after some dozens of keys there, a trained
+//! model skips less. "dense" is early exit off.
 
 mod attention;
 mod gemm;
+mod gpu_step;
 mod step;
 
-use anyhow::{Context, Result};
+use crate::device::{self, DeviceOption};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use gpu_step::Shape;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Instant;
+use stickbreak_tensor::{DType, Device, Tensor};
 
 /// What to time.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// One part; default: all of them.
     part: Option<Part>,
+    /// On a GPU, one training shape; default: all of them.
+    #[arg(long, value_enum)]
+    shape: Option<Shape>,
+    /// Only with early exit off.
+    #[arg(long)]
+    dense: bool,
     /// Also write the figures to this file.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Repetitions of each measurement; the median counts.
-    #[arg(long, default_value_t = 5)]
-    repeats: usize,
+    /// Repetitions of each measurement, of which the median counts; default: 5 on a CPU, 20 on a GPU.
+    #[arg(long)]
+    repeats: Option<usize>,
+    #[command(flatten)]
+    device: DeviceOption,
 }
 
 /// A part of the stack.
@@ -48,33 +64,66 @@ struct Row {
     gflops_per_second: f64,
     /// Where it means something.
     tokens_per_second: Option<f64>,
+    /// Of a training step on a GPU.
+    #[serde(flatten)]
+    step: Option<StepFigures>,
+}
+
+/// What a training step on a GPU shows beside its time.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct StepFigures {
+    mfu: Option<f64>,
+    host_milliseconds: f64,
+    device_milliseconds: f64,
+    peak_memory_bytes: u64,
+}
+
+/// What every part is told.
+#[derive(Debug, Clone, Copy)]
+struct Settings {
+    device: Device,
+    repeats: usize,
+    dense_only: bool,
+    shape: Option<Shape>,
 }
 
 /// Runs the parts and prints a table.
 ///
 /// # Errors
-/// If a part cannot run, or the JSON file cannot be written.
+/// If the device or a part cannot run, or the JSON file cannot be written.
 pub fn run(args: &BenchArgs) -> Result<()> {
-    println!("{} threads, f32, median of {}", rayon::current_num_threads(), args.repeats);
+    let device = args.device.announce()?;
+    let gpu = device != Device::Cpu;
+    if args.shape.is_some() && !gpu {
+        bail!("--shape chooses among the GPU's training shapes, and the device is {device}");
+    }
+    let repeats = args.repeats.unwrap_or(if gpu { 20 } else { 5 }).max(1);
+    let settings = Settings { device, repeats, dense_only: args.dense, shape: args.shape };
+    match device::gpu_name(device) {
+        Some(name) => println!("{name}, bf16, device time, median of {repeats}"),
+        None => println!("{} threads, f32, median of {repeats}", rayon::current_num_threads()),
+    }
     println!(
-        "{:<10} {:<30} {:<28} {:>9} {:>9} {:>9} {:>9}",
-        "part", "what", "shape", "ms", "best ms", "GFLOP/s", "tok/s"
+        "{:<10} {:<44} {:<28} {:>9} {:>9} {:>9} {:>9}",
+        "part",
+        "what",
+        "shape",
+        "ms",
+        "best ms",
+        if gpu { "TFLOP/s" } else { "GFLOP/s" },
+        "tok/s"
     );
     let mut rows = Vec::new();
     for (part, measure) in [
-        (Part::Gemm, gemm::measure as fn(usize) -> Result<Vec<Row>>),
+        (Part::Gemm, gemm::measure as fn(&Settings, &mut dyn FnMut(Row)) -> Result<()>),
         (Part::Attention, attention::measure),
-        (Part::Train, step::measure),
+        (Part::Train, if gpu { gpu_step::measure } else { step::measure }),
     ] {
         if args.part.is_none_or(|wanted| wanted == part) {
-            for row in measure(args.repeats.max(1))? {
-                let tokens = row.tokens_per_second.map_or(String::new(), |rate| format!("{rate:.0}"));
-                println!(
-                    "{:<10} {:<30} {:<28} {:>9.2} {:>9.2} {:>9.1} {tokens:>9}",
-                    row.part, row.name, row.shape, row.milliseconds, row.fastest_milliseconds, row.gflops_per_second
-                );
+            measure(&settings, &mut |row| {
+                println!("{}", row.line(gpu));
                 rows.push(row);
-            }
+            })?;
         }
     }
     if let Some(path) = &args.json {
@@ -84,34 +133,108 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     Ok(())
 }
 
-/// Median and minimum of the seconds that `body` takes, after one run that warms up.
-fn time(repeats: usize, mut body: impl FnMut() -> Result<()>) -> Result<(f64, f64)> {
-    body()?;
-    let mut seconds = Vec::with_capacity(repeats);
-    for _ in 0..repeats {
-        let start = Instant::now();
-        body()?;
-        seconds.push(start.elapsed().as_secs_f64());
+impl Row {
+    fn new(
+        part: &'static str,
+        name: impl Into<String>,
+        shape: impl Into<String>,
+        (median, fastest): (f64, f64),
+        flops: f64,
+        tokens: Option<usize>,
+    ) -> Self {
+        Self {
+            part,
+            name: name.into(),
+            shape: shape.into(),
+            milliseconds: 1e3 * median,
+            fastest_milliseconds: 1e3 * fastest,
+            gflops_per_second: flops / median / 1e9,
+            tokens_per_second: tokens.map(|tokens| tokens as f64 / median),
+            step: None,
+        }
     }
-    seconds.sort_by(f64::total_cmp);
-    Ok((seconds[seconds.len() / 2], seconds[0]))
+
+    /// A line of the table.
+    fn line(&self, gpu: bool) -> String {
+        let tokens = self.tokens_per_second.map_or(String::new(), |rate| format!("{rate:.0}"));
+        let rate = if gpu { self.gflops_per_second / 1e3 } else { self.gflops_per_second };
+        let Self { part, name, shape, milliseconds, fastest_milliseconds, .. } = self;
+        let mut line = format!(
+            "{part:<10} {name:<44} {shape:<28} {milliseconds:>9.3} {fastest_milliseconds:>9.3} {rate:>9.1} {tokens:>9}"
+        );
+        if let Some(step) = self.step {
+            let mfu = step.mfu.map_or("n/a".to_owned(), |mfu| format!("{:.1}%", 100.0 * mfu));
+            line += &format!(
+                "  MFU {mfu}, host {:.1} ms, device {:.1} ms, peak {:.1} GiB",
+                step.host_milliseconds,
+                step.device_milliseconds,
+                step.peak_memory_bytes as f64 / (1u64 << 30) as f64
+            );
+        }
+        line
+    }
 }
 
-fn row(
-    part: &'static str,
-    name: impl Into<String>,
-    shape: impl Into<String>,
-    (median, fastest): (f64, f64),
-    flops: f64,
-    tokens: Option<usize>,
-) -> Row {
-    Row {
-        part,
-        name: name.into(),
-        shape: shape.into(),
-        milliseconds: 1e3 * median,
-        fastest_milliseconds: 1e3 * fastest,
-        gflops_per_second: flops / median / 1e9,
-        tokens_per_second: tokens.map(|tokens| tokens as f64 / median),
+/// Runs of `body` that warm up before it is timed.
+const WARM_UP: usize = 3;
+
+/// Median and minimum of the seconds that `body` takes on a device.
+fn time(settings: &Settings, mut body: impl FnMut() -> Result<()>) -> Result<(f64, f64)> {
+    let queue = device::queue(settings.device)?;
+    for _ in 0..if queue.is_some() { WARM_UP } else { 1 } {
+        body()?;
+    }
+    let mut seconds = Vec::with_capacity(settings.repeats);
+    for _ in 0..settings.repeats {
+        seconds.push(match &queue {
+            Some(queue) => {
+                let timer = queue.timer()?;
+                body()?;
+                timer.milliseconds()? / 1e3
+            }
+            None => {
+                let start = Instant::now();
+                body()?;
+                start.elapsed().as_secs_f64()
+            }
+        });
+    }
+    Ok((median(&mut seconds), seconds[0]))
+}
+
+/// The median; sorts.
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Values from N(0, 1) on a device: bf16 on a GPU, f32 on a CPU.
+fn random(settings: &Settings, shape: impl Into<stickbreak_tensor::Shape>, seed: u64) -> Result<Tensor> {
+    let values = Tensor::randn(0.0, 1.0, shape, DType::F32, seed)?;
+    match settings.device {
+        Device::Cpu => Ok(values),
+        gpu => Ok(values.to_dtype(DType::BF16)?.to_device(gpu)?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_a_gpu_step_has_all_its_figures() {
+        let mut row = Row::new("train", "dense", "16 x 2048 tokens", (0.25, 0.2), 1e14, Some(32768));
+        assert!(row.line(true).contains("400.0") && row.line(true).contains("131072"), "{}", row.line(true));
+        row.step = Some(StepFigures {
+            mfu: Some(0.404),
+            host_milliseconds: 40.0,
+            device_milliseconds: 249.0,
+            peak_memory_bytes: 3 << 30,
+        });
+        let line = row.line(true);
+        assert!(line.ends_with("MFU 40.4%, host 40.0 ms, device 249.0 ms, peak 3.0 GiB"), "{line}");
+        let json = serde_json::to_value(&row).unwrap();
+        assert_eq!(json["device_milliseconds"], 249.0);
+        assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
     }
 }

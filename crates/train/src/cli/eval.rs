@@ -1,6 +1,6 @@
 //! `stickbreak eval`.
 
-use super::load::LoadedModel;
+use super::load::{ComputeOptions, LoadedModel};
 use crate::data::{Dataset, Loader, SplitName, TokenStream};
 use crate::evaluate;
 use crate::metrics::{LengthMetrics, Record, RunMetrics};
@@ -31,13 +31,15 @@ pub(super) struct EvalArgs {
     /// Add the length curve to the run's metrics, for its report (the model must be a run's folder).
     #[arg(long)]
     record: bool,
+    #[command(flatten)]
+    compute: ComputeOptions,
 }
 
 /// Tokens of a length-extrapolation curve unless given.
 const DEFAULT_LENGTH_TOKENS: u64 = 262_144;
 
 pub(super) fn run(args: EvalArgs) -> Result<()> {
-    let loaded = LoadedModel::open(&args.model)?;
+    let loaded = LoadedModel::open(&args.model, args.compute)?;
     let open = |length: usize| -> Result<Loader> { Ok(Loader::new(open_text(&args.data, &loaded)?, length, None)?) };
     let stop = StopFlag::on_signals()?;
     let interrupted = || bail!("interrupted");

@@ -1,6 +1,6 @@
 //! `stickbreak generate`.
 
-use super::load::LoadedModel;
+use super::load::{ComputeOptions, LoadedModel};
 use crate::signal::StopFlag;
 use anyhow::Result;
 use clap::Args;
@@ -30,10 +30,12 @@ pub(super) struct GenerateArgs {
     /// The same seed gives the same text.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    #[command(flatten)]
+    compute: ComputeOptions,
 }
 
 pub(super) fn run(args: GenerateArgs) -> Result<()> {
-    let loaded = LoadedModel::open(&args.model)?;
+    let loaded = LoadedModel::open(&args.model, args.compute)?;
     let stop = StopFlag::on_signals()?;
     let end = loaded.tokenizer.end_of_text();
     let mut prompt = vec![end];

@@ -1,11 +1,23 @@
 //! A trained model from a run, a checkpoint, or a Hugging Face folder.
 
 use crate::checkpoint::{CheckpointStore, KeepPolicy};
+use crate::config::ComputeType;
 use crate::data::Tokenizer;
+use crate::device::{self, DeviceOption};
 use anyhow::{Context, Result, bail};
+use clap::Args;
 use std::path::{Path, PathBuf};
 use stickbreak_model::{ModelConfig, Transformer};
-use stickbreak_tensor::DType;
+
+/// Where a trained model computes, and in which number type.
+#[derive(Debug, Clone, Copy, Args)]
+pub(super) struct ComputeOptions {
+    #[command(flatten)]
+    device: DeviceOption,
+    /// Number type of the arithmetic.
+    #[arg(long, value_enum, default_value = "auto")]
+    dtype: ComputeType,
+}
 
 /// A model and what is known of its training.
 pub(super) struct LoadedModel {
@@ -18,7 +30,9 @@ pub(super) struct LoadedModel {
 }
 
 impl LoadedModel {
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub(super) fn open(path: &Path, options: ComputeOptions) -> Result<Self> {
+        let device = options.device.announce()?;
+        let dtype = options.dtype.resolve(device)?;
         let (folder, step) = find_weights(path)?;
         let config_path = folder.join("config.json");
         let text = std::fs::read(&config_path).with_context(|| {
@@ -38,7 +52,8 @@ impl LoadedModel {
         if ids > vocabulary {
             bail!("{}: the tokenizer has {ids} ids, but the model has {vocabulary}", folder.display());
         }
-        let model = Transformer::new(config, DType::F32)?;
+        device::prepare_kernels(&config, dtype, device, |line| eprintln!("{line}"))?;
+        let model = Transformer::new_on(config, dtype, device)?;
         model.load_weights(&folder)?;
         Ok(Self { model, tokenizer, trained_length, step })
     }

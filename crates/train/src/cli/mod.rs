@@ -6,11 +6,11 @@ mod load;
 mod prepare;
 mod train;
 
+use crate::device::DeviceOption;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use stickbreak_tensor::Device;
 use tracing_subscriber::EnvFilter;
 
 /// Train, evaluate and study stick-breaking transformers.
@@ -38,9 +38,8 @@ enum Command {
     Verify {
         /// Folder with attention/ and model/.
         folder: PathBuf,
-        /// Where to compute.
-        #[arg(long, default_value = "cpu")]
-        device: Device,
+        #[command(flatten)]
+        device: DeviceOption,
     },
     /// Time the parts.
     Bench(crate::bench::BenchArgs),
@@ -79,10 +78,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
-        Command::Verify { folder, device } => {
-            device.check_available()?;
-            crate::verify::verify(&folder).map(drop)
-        }
+        Command::Verify { folder, device } => crate::verify::verify(&folder, device.announce()?).map(drop),
         Command::Bench(args) => crate::bench::run(&args),
         Command::Doctor => crate::doctor::run(),
         Command::Report { runs, length_curves: Some(path) } => crate::report::write_length_curves(&runs, &path),

@@ -1,12 +1,12 @@
 //! `stickbreak train`.
 
 use crate::config::RunConfig;
+use crate::device::DeviceOption;
 use crate::signal::StopFlag;
-use crate::trainer::Trainer;
+use crate::trainer::{Trainer, TrainerOptions};
 use anyhow::Result;
 use clap::Args;
 use std::path::{Path, PathBuf};
-use stickbreak_tensor::Device;
 
 #[derive(Args)]
 pub(super) struct TrainArgs {
@@ -22,17 +22,20 @@ pub(super) struct TrainArgs {
     /// Stop after this many optimizer steps; as `--set train.steps=N`.
     #[arg(long)]
     steps: Option<u64>,
-    /// Where to compute.
-    #[arg(long, default_value = "cpu")]
-    device: Device,
+    /// Record some steps: where the time goes, as a table and as a trace in the run's folder.
+    #[arg(long)]
+    profile: bool,
+    #[command(flatten)]
+    device: DeviceOption,
 }
 
 pub(super) fn run(args: TrainArgs) -> Result<()> {
-    args.device.check_available()?;
     let mut changes = args.changes;
     changes.extend(args.steps.map(|steps| format!("train.steps={steps}")));
     let config = RunConfig::load(&args.config, &changes)?;
     let folder = args.out.unwrap_or_else(|| Path::new("runs").join(&config.name));
+    let device = args.device.announce()?;
     let stop = StopFlag::on_signals()?;
-    Trainer::open(config, &folder, stop)?.run().map(drop)
+    let options = TrainerOptions { device, profile: args.profile, ..TrainerOptions::default() };
+    Trainer::open_with(config, &folder, stop, options)?.run().map(drop)
 }

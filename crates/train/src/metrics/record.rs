@@ -73,6 +73,13 @@ pub struct TrainMetrics {
     /// Wall time of the step, in milliseconds.
     #[serde(deserialize_with = "null_is_nan")]
     pub milliseconds: f64,
+    /// On a GPU: time from the step's first to its last kernel, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_milliseconds: Option<f64>,
+    /// On a GPU: time that the host was busy asking for the work, before it waited, in milliseconds. As long as it is
+    /// below `device_milliseconds`, the GPU is the limit and not the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_milliseconds: Option<f64>,
     /// Tokens trained on since the start of the run.
     pub tokens_seen: u64,
     /// Share of the device's peak rate, 0 to 1; absent for a device whose peak is not known.

@@ -1,10 +1,12 @@
 //! What a run will need of memory, term by term, before it starts.
 
 use crate::config::RunConfig;
-use anyhow::{Result, bail};
+use crate::device;
+use anyhow::{Error, Result, bail};
 use std::collections::BTreeMap;
-use stickbreak_model::count;
-use stickbreak_tensor::DType;
+use stickbreak_kernels::KernelError;
+use stickbreak_model::{AttentionKind, ModelConfig, count};
+use stickbreak_tensor::{DType, Device, TensorError};
 
 /// Bytes by purpose.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -12,11 +14,26 @@ pub(super) struct Estimate {
     pub(super) parts: BTreeMap<String, u64>,
 }
 
-/// The memory of a step at full shape.
-pub(super) fn estimate(config: &RunConfig) -> Estimate {
+/// What the attention keeps of the sticks for its backward pass is at most this share of q, k, v and o; if it would be
+/// more, it is computed again.
+const STICK_STATE_SHARE: u64 = 8;
+/// Tokens whose logits a GPU holds at once.
+const LOGITS_CHUNK: u64 = 4096;
+/// Workspaces of the attention's backward pass (1 GiB at most) and of the matrix products, and what the pool rounds up.
+const GPU_OVERHEAD_BYTES: u64 = 1280 << 20;
+
+/// Elements that a step holds, by what they are.
+struct Elements {
+    parameters: u64,
+    /// Saved between forward and backward.
+    activations: u64,
+    /// Values and gradients of the block at work.
+    in_flight: u64,
+    tokens: u64,
+}
+
+fn elements(config: &RunConfig) -> Elements {
     let model = &config.model;
-    let size = DType::from(config.dtype).size() as u64;
-    let parameters = count::parameters(model).total as u64;
     let tokens = (config.micro_batch() * config.train.sequence_length) as u64;
     let (c, f) = (model.hidden_size as u64, model.intermediate_size as u64);
     let (q, kv) = ((model.num_heads * model.head_dim()) as u64, (model.kv_heads() * model.head_dim()) as u64);
@@ -24,17 +41,63 @@ pub(super) fn estimate(config: &RunConfig) -> Estimate {
     let block = tokens * (4 * c + 2 * q + 2 * kv + 3 * f);
     let layers = model.num_layers as u64;
     let activations = if config.train.recompute { layers * tokens * c + block } else { layers * block };
-    let head = tokens * c + 2 * (model.vocab_size as u64 * c) + 512 * model.vocab_size as u64;
     // Gradients in flight: a block's widest values and their gradients.
     let in_flight = tokens * (2 * c + 3 * f.max(q + 2 * kv));
-    let parts = [
+    Elements { parameters: count::parameters(model).total as u64, activations, in_flight, tokens }
+}
+
+/// The memory of a step at full shape.
+pub(super) fn estimate(config: &RunConfig, device: Device, dtype: DType) -> Estimate {
+    let parts = match device {
+        Device::Cpu => on_cpu(config, dtype),
+        Device::Cuda(_) => on_gpu(config, dtype),
+    };
+    Estimate { parts: parts.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)).collect() }
+}
+
+fn on_cpu(config: &RunConfig, dtype: DType) -> Vec<(&'static str, u64)> {
+    let (model, size) = (&config.model, dtype.size() as u64);
+    let Elements { parameters, activations, in_flight, tokens } = elements(config);
+    let (vocabulary, c) = (model.vocab_size as u64, model.hidden_size as u64);
+    let head = tokens * c + 2 * (vocabulary * c) + 512 * vocabulary;
+    vec![
         ("parameters and gradients", 2 * parameters * size),
         ("optimizer moments", 2 * parameters * size),
         ("activations", activations * size),
         ("output projection and loss", head * size),
         ("gradients of activations", in_flight * size),
-    ];
-    Estimate { parts: parts.map(|(name, bytes)| (name.to_owned(), bytes)).into() }
+    ]
+}
+
+fn on_gpu(config: &RunConfig, dtype: DType) -> Vec<(&'static str, u64)> {
+    let (model, size) = (&config.model, dtype.size() as u64);
+    let Elements { parameters, activations, in_flight, tokens } = elements(config);
+    let (vocabulary, c) = (model.vocab_size as u64, model.hidden_size as u64);
+    // Beside bf16 weights the optimizer keeps float32 ones.
+    let weights = if dtype == DType::BF16 { 4 + 2 } else { size };
+    // A chunk's logits; hidden states and their gradient; the weight's in float32.
+    let head = LOGITS_CHUNK.min(tokens) * vocabulary * size + 2 * tokens * c * size + 4 * vocabulary * c;
+    let kept_layers = if config.train.recompute { 1 } else { model.num_layers as u64 };
+    vec![
+        ("weights", parameters * weights),
+        ("gradients of weights", parameters * 4),
+        ("optimizer moments", parameters * 8),
+        ("activations", activations * size),
+        ("state of the attention", kept_layers * attention_state(model, tokens, size)),
+        ("output projection and loss", head),
+        ("gradients of activations", in_flight * size),
+        ("workspaces", GPU_OVERHEAD_BYTES),
+    ]
+}
+
+/// Bytes of one layer's attention state: a float32 a query and head, and for stick-breaking the sticks.
+fn attention_state(model: &ModelConfig, tokens: u64, size: u64) -> u64 {
+    let (heads, kv_heads, d) = (model.num_heads as u64, model.kv_heads() as u64, model.head_dim() as u64);
+    let rows = 4 * tokens * heads;
+    match model.attention {
+        AttentionKind::StickBreaking => rows + tokens * 2 * (heads + kv_heads) * d * size / STICK_STATE_SHARE,
+        _ => rows,
+    }
 }
 
 impl Estimate {
@@ -42,35 +105,87 @@ impl Estimate {
         self.parts.values().sum()
     }
 
-    /// Refuses a run that this machine's free memory cannot hold, naming the largest term and a batch that fits.
-    pub(super) fn check_fits(&self, config: &RunConfig) -> Result<()> {
-        match available_memory() {
-            Some(available) => self.check_within(config, available),
+    /// Refuses a run that the device's free memory cannot hold, naming the largest term and a batch that fits.
+    pub(super) fn check_fits(&self, config: &RunConfig, device: Device, dtype: DType) -> Result<()> {
+        match free_memory(device)? {
+            Some(available) => self.check_within(config, device, dtype, available),
             None => Ok(()),
         }
     }
 
-    fn check_within(&self, config: &RunConfig, available: u64) -> Result<()> {
+    fn check_within(&self, config: &RunConfig, device: Device, dtype: DType, available: u64) -> Result<()> {
         if self.total() <= available {
             return Ok(());
         }
-        let (largest, bytes) = self.parts.iter().max_by_key(|(_, bytes)| **bytes).expect("has parts");
-        let fitting = (1..config.micro_batch()).rev().find(|&micro| {
-            let mut smaller = config.clone();
-            smaller.train.micro_batch = Some(micro);
-            config.sequences_per_step().is_multiple_of(micro) && estimate(&smaller).total() <= available
-        });
-        let advice = match fitting {
-            Some(micro) => format!("train.micro_batch = {micro} fits"),
-            None => "no micro-batch fits; train.recompute = true or a smaller model may".to_owned(),
-        };
+        let (largest, bytes) = self.largest();
+        let fits = |smaller: &RunConfig| estimate(smaller, device, dtype).total() <= available;
         bail!(
-            "this run needs about {}, but {} are free; the largest term is {largest} with {}. {advice}",
+            "this run needs about {}, but {} are free on {device}; the largest term is {largest} with {}. {}",
             super::mib(self.total()),
             super::mib(available),
-            super::mib(*bytes)
+            super::mib(bytes),
+            advice(config, fits)
         );
     }
+
+    fn largest(&self) -> (&str, u64) {
+        let (name, bytes) = self.parts.iter().max_by_key(|(_, bytes)| **bytes).expect("has parts");
+        (name, *bytes)
+    }
+
+    /// A trial step's error; if memory ran out although the estimate fitted, with the largest term and what may fit.
+    pub(super) fn explain_out_of_memory(&self, error: Error, config: &RunConfig) -> Error {
+        if !is_out_of_memory(&error) {
+            return error;
+        }
+        let (largest, bytes) = self.largest();
+        // The estimate was too low, so nothing but a smaller batch is known to help.
+        error.context(format!(
+            "out of memory in a trial step at full shape, although {} were estimated; the largest term is {largest} with \
+             {}. {}",
+            super::mib(self.total()),
+            super::mib(bytes),
+            advice(config, |smaller| smaller.micro_batch() <= config.micro_batch() / 2)
+        ))
+    }
+}
+
+/// The largest smaller micro-batch that `fits`, in words.
+fn advice(config: &RunConfig, fits: impl Fn(&RunConfig) -> bool) -> String {
+    let fitting = (1..config.micro_batch()).rev().find(|&micro| {
+        let mut smaller = config.clone();
+        smaller.train.micro_batch = Some(micro);
+        config.sequences_per_step().is_multiple_of(micro) && fits(&smaller)
+    });
+    match fitting {
+        Some(micro) => format!("train.micro_batch = {micro} fits"),
+        None if config.train.recompute => "no micro-batch fits; a smaller model may".to_owned(),
+        None => "no micro-batch fits; train.recompute = true or a smaller model may".to_owned(),
+    }
+}
+
+/// Whether an error is the device's refusal of memory.
+fn is_out_of_memory(error: &Error) -> bool {
+    let refused = |kernel: &KernelError| {
+        matches!(kernel, KernelError::Cuda { doing, why } if doing.starts_with("allocating")
+            || why.to_ascii_lowercase().contains("out of memory"))
+    };
+    // A transparent error is not in the chain of causes itself.
+    error.chain().any(|cause| match cause.downcast_ref::<TensorError>() {
+        Some(TensorError::Kernel(kernel)) => refused(kernel),
+        _ => cause.downcast_ref::<KernelError>().is_some_and(refused) || cause.to_string().contains("allocating "),
+    })
+}
+
+/// Bytes that this process can have on a device, what its pool holds included; `None` if nobody says so.
+fn free_memory(device: Device) -> Result<Option<u64>> {
+    Ok(match device::queue(device)? {
+        None => available_memory(),
+        Some(queue) => {
+            let memory = queue.gpu().memory()?;
+            Some(memory.free + memory.pool_reserved)
+        }
+    })
 }
 
 /// Bytes that the system can still hand out, where it says so.
@@ -85,17 +200,79 @@ pub(crate) fn available_memory() -> Option<u64> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_run_too_large_names_its_largest_term_and_a_batch_that_fits() {
-        let config = RunConfig::parse(
+    const CUDA: Device = Device::Cuda(0);
+
+    fn config(changes: &[&str]) -> RunConfig {
+        let changes: Vec<String> = changes.iter().map(|&change| change.to_owned()).collect();
+        RunConfig::parse(
             "name = 'm'\n[model]\nvocab_size = 257\nhidden_size = 64\nintermediate_size = 128\nnum_layers = 4\n\
              num_heads = 4\n[data]\n[train]\nsteps = 1\nsequence_length = 512\nbatch_tokens = 32768\n",
-            &[],
+            &changes,
         )
-        .unwrap();
-        let all = estimate(&config);
-        all.check_within(&config, all.total()).unwrap();
-        let message = all.check_within(&config, all.total() / 3).unwrap_err().to_string();
+        .unwrap()
+    }
+
+    #[test]
+    fn a_run_too_large_names_its_largest_term_and_a_batch_that_fits() {
+        let config = config(&[]);
+        let all = estimate(&config, Device::Cpu, DType::F32);
+        all.check_within(&config, Device::Cpu, DType::F32, all.total()).unwrap();
+        let message = all.check_within(&config, Device::Cpu, DType::F32, all.total() / 3).unwrap_err().to_string();
         assert!(message.contains("activations") && message.contains("train.micro_batch = 16 fits"), "{message}");
+    }
+
+    #[test]
+    fn a_gpus_terms_are_those_of_bf16_with_float32_masters() {
+        let config = config(&[]);
+        let n = count::parameters(&config.model).total as u64;
+        let parts = estimate(&config, CUDA, DType::BF16).parts;
+        assert_eq!(parts["weights"], 6 * n);
+        assert_eq!(parts["gradients of weights"], 4 * n);
+        assert_eq!(parts["optimizer moments"], 8 * n);
+        // 4 layers, 32768 tokens, 4 heads of 16: the remainder, and an eighth of q, k, v and o.
+        assert_eq!(parts["state of the attention"], 4 * (32768 * 4 * 4 + 32768 * 4 * 64 * 2 / 8));
+        let of_f32 = estimate(&config, CUDA, DType::F32).parts;
+        assert_eq!(of_f32["weights"], 4 * n);
+        assert_eq!(of_f32["activations"], 2 * parts["activations"]);
+        let cpu = estimate(&config, Device::Cpu, DType::F32).parts;
+        assert_eq!(cpu["activations"], of_f32["activations"], "the same tensors are saved everywhere");
+    }
+
+    #[test]
+    fn recomputing_keeps_one_block_and_a_smaller_batch_fits_less_memory() {
+        let (kept, recomputed) = (config(&[]), config(&["train.recompute=true"]));
+        let bytes = |config: &RunConfig, part: &str| estimate(config, CUDA, DType::BF16).parts[part];
+        assert!(bytes(&recomputed, "activations") < bytes(&kept, "activations") / 2);
+        assert_eq!(bytes(&recomputed, "state of the attention"), bytes(&kept, "state of the attention") / 4);
+        let all = estimate(&kept, CUDA, DType::BF16);
+        let available = GPU_OVERHEAD_BYTES + (all.total() - GPU_OVERHEAD_BYTES) / 3;
+        let message = all.check_within(&kept, CUDA, DType::BF16, available).unwrap_err().to_string();
+        assert!(message.contains("free on cuda:0") && message.contains("train.micro_batch = 16 fits"), "{message}");
+        let message = all.check_within(&kept, CUDA, DType::BF16, 1 << 20).unwrap_err().to_string();
+        assert!(message.contains("no micro-batch fits; train.recompute"), "{message}");
+    }
+
+    #[test]
+    fn a_failed_allocation_of_the_trial_step_is_explained_and_other_errors_are_not() {
+        let config = config(&[]);
+        let all = estimate(&config, CUDA, DType::BF16);
+        let refused = KernelError::Cuda { doing: "allocating 12 bytes of device memory".into(), why: "no".into() };
+        for error in [Error::from(refused.clone()), Error::from(TensorError::from(refused))] {
+            let message = format!("{:#}", all.explain_out_of_memory(error, &config));
+            assert!(message.contains("the largest term is") && message.contains("train.micro_batch = 32"), "{message}");
+            assert!(message.contains("allocating 12 bytes"), "{message}");
+        }
+        let other = all.explain_out_of_memory(Error::msg("a broken disk"), &config);
+        assert_eq!(format!("{other:#}"), "a broken disk");
+    }
+
+    #[test]
+    fn the_configs_for_one_card_fit_80_gb() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
+        for name in ["125m.toml", "350m.toml", "1b.toml", "books-110m.toml"] {
+            let config = RunConfig::load(&folder.join(name), &[]).unwrap();
+            let total = estimate(&config, CUDA, DType::BF16).total();
+            assert!(total < 76_000_000_000, "{name} needs {}", super::super::mib(total));
+        }
     }
 }

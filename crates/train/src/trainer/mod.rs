@@ -9,23 +9,27 @@ mod snapshot;
 mod text;
 
 use crate::checkpoint::{CheckpointStore, Disk, KeepPolicy, RealDisk};
-use crate::config::{NonFinite, RunConfig};
+use crate::config::{ComputeType, NonFinite, RunConfig};
 use crate::console::Console;
 use crate::data::{Batch, Cursor, Prefetch};
+use crate::device;
 use crate::evaluate::{self, BatchTensors};
 use crate::metrics::{MemoryMetrics, Record, RunMetrics, SampleMetrics, TrainMetrics};
+use crate::mfu;
 use crate::optimizer::Optimizer;
+use crate::profile::{Profiler, range};
 use crate::report::write_report;
 use crate::schedule::learning_rate_factor;
 use crate::signal::StopFlag;
+use crate::step::{self, StepOutcome, StepSettings};
 use anyhow::{Context, Result, bail};
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use stickbreak_autograd::Tape;
+use stickbreak_autograd::ParameterId;
 use stickbreak_model::{Sampling, Transformer, count};
-use stickbreak_tensor::{Tensor, memory_use};
+use stickbreak_tensor::{DType, Device, Tensor};
 
 pub(crate) use memory::available_memory;
 pub use snapshot::program_version;
@@ -35,6 +39,11 @@ pub use text::{Text, tokenizer_choice};
 pub struct Trainer {
     config: RunConfig,
     folder: PathBuf,
+    device: Device,
+    dtype: DType,
+    /// Peak rate of the device in the run's dtype, in flop/s, where it is known.
+    peak_flops: Option<f64>,
+    profiler: Option<Profiler>,
     model: Transformer,
     optimizer: Optimizer,
     text: Text,
@@ -60,24 +69,33 @@ pub enum Outcome {
     Stopped,
 }
 
-/// What one step did.
-#[derive(Debug, Clone, Copy)]
-struct StepResult {
-    loss: f64,
-    gradient_norm: f64,
-    flops: f64,
+/// How a run is carried out; nothing here belongs to what it computes.
+pub struct TrainerOptions {
+    /// Where to compute.
+    pub device: Device,
+    /// What checkpoints are written through.
+    pub disk: Arc<dyn Disk>,
+    /// Whether some steps are recorded: see [`crate::profile`].
+    pub profile: bool,
+}
+
+impl Default for TrainerOptions {
+    fn default() -> Self {
+        Self { device: Device::Cpu, disk: Arc::new(RealDisk), profile: false }
+    }
 }
 
 /// Batches skipped in a row that end a run even with `non_finite = "skip"`.
 const MOST_SKIPPED: u32 = 10;
 
 impl Trainer {
-    /// Opens the data, builds the model, and continues from the newest valid checkpoint in `folder` if there is one.
+    /// Opens the data, builds the model on the CPU, and continues from the newest valid checkpoint in `folder` if there
+    /// is one.
     ///
     /// # Errors
     /// If the configuration, the data or a checkpoint is not usable; see [`Text::open`].
     pub fn open(config: RunConfig, folder: &Path, stop: StopFlag) -> Result<Self> {
-        Self::open_on(config, folder, stop, Arc::new(RealDisk))
+        Self::open_with(config, folder, stop, TrainerOptions::default())
     }
 
     /// [`open`](Self::open) with checkpoints written through `disk`.
@@ -85,6 +103,21 @@ impl Trainer {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_on(config: RunConfig, folder: &Path, stop: StopFlag, disk: Arc<dyn Disk>) -> Result<Self> {
+        Self::open_with(config, folder, stop, TrainerOptions { disk, ..TrainerOptions::default() })
+    }
+
+    /// [`open`](Self::open) on any device. The configuration's `dtype` becomes what it means on that device.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), or if the device does not compute in the dtype or cannot hold the run.
+    pub fn open_with(mut config: RunConfig, folder: &Path, stop: StopFlag, options: TrainerOptions) -> Result<Self> {
+        let TrainerOptions { device, disk, profile } = options;
+        let dtype = config.dtype.resolve(device)?;
+        config.dtype = ComputeType::of(dtype);
+        if device != Device::Cpu {
+            // Before the weights and moments are there: their allocation would be the first to fail.
+            memory::estimate(&config, device, dtype).check_fits(&config, device, dtype)?;
+        }
         let text = Text::open(&config)?;
         std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let lock = lock(folder)?;
@@ -93,8 +126,8 @@ impl Trainer {
             every: (config.checkpoint.keep_every > 0).then_some(config.checkpoint.keep_every),
         };
         let store = CheckpointStore::open_on(folder.join("checkpoints"), keep, disk)?;
-        let model = Transformer::new(config.model.clone(), config.dtype.into())?;
-        let optimizer = Optimizer::new(config.optimizer.clone(), &model);
+        let model = Transformer::new_on(config.model.clone(), dtype, device)?;
+        let optimizer = Optimizer::new(config.optimizer.clone(), &model)?;
         let checkpoint = store.latest_valid()?;
         if let (None, Some(step)) = (&checkpoint, store.steps()?.last()) {
             bail!(
@@ -112,6 +145,11 @@ impl Trainer {
             metrics: RunMetrics::resume(folder, step)?,
             console: Console::new(config.train.steps),
             folder: folder.to_owned(),
+            device,
+            dtype,
+            // The table's rates are those of bf16.
+            peak_flops: device::gpu_name(device).filter(|_| dtype == DType::BF16).and_then(|n| mfu::peak_flops(&n)),
+            profiler: profile.then(|| Profiler::start(folder, device)).transpose()?,
             config,
             model,
             optimizer,
@@ -159,6 +197,7 @@ impl Trainer {
             return self.finish();
         }
         self.announce();
+        device::prepare_kernels(&self.config.model, self.dtype, self.device, |line| self.console.line(line))?;
         self.preflight()?;
         // What an earlier process was stopped in, after its save.
         self.measure()?;
@@ -168,13 +207,27 @@ impl Trainer {
         let requests = (0..).map(move |i: u64| (first + i * micro as u64, micro));
         let mut batches = Prefetch::start(self.text.train.clone(), requests)?;
         while self.step < steps && !self.stop.is_set() {
+            if let Some(profiler) = &mut self.profiler {
+                profiler.begin_step();
+            }
+            let step = range("step");
+            let data = range("data");
             let Some(batch) = self.next_step_batches(&mut batches, per_step / micro)? else { break };
+            drop(data);
             let started = Instant::now();
-            let result = self.train_step(&batch)?;
-            self.finish_step(result, started.elapsed())?;
+            let outcome = self.train_step(&batch)?;
+            let elapsed = started.elapsed();
+            drop(step);
+            if let Some(table) = self.profiler.as_mut().map(Profiler::end_step).transpose()?.flatten() {
+                self.console.line(&table);
+            }
+            self.finish_step(&batch, outcome, elapsed)?;
             self.periodic_work()?;
         }
         drop(batches);
+        if let Some(table) = self.profiler.as_mut().map(Profiler::finish).transpose()?.flatten() {
+            self.console.line(&table);
+        }
         self.save()?;
         if self.stop.is_set() {
             return self.stopped();
@@ -195,36 +248,28 @@ impl Trainer {
     }
 
     /// Forward and backward of all micro-batches, and the update.
-    fn train_step(&mut self, batches: &[Batch]) -> Result<StepResult> {
+    fn train_step(&mut self, batches: &[Batch]) -> Result<StepOutcome> {
         let valid_tokens: usize = batches.iter().map(|batch| batch.valid_tokens).sum();
-        let loss_scale = 1.0 / valid_tokens.max(1) as f64;
-        self.model.arena().zero_gradients()?;
-        let (mut loss, mut flops) = (0.0, 0.0);
-        for batch in batches {
-            loss += self.accumulate_gradients(batch, loss_scale)?;
-            flops += step_flops(&self.config, batch);
-        }
-        let gradient_norm = self.model.arena().gradients().sum_of_squares()?.sqrt();
+        let settings = StepSettings {
+            number: self.step + 1,
+            learning_rate: self.learning_rate(),
+            loss_scale: 1.0 / valid_tokens.max(1) as f64,
+            recompute: self.config.train.recompute,
+        };
+        let tensors = batches.iter().map(|batch| {
+            let _upload = range("upload");
+            BatchTensors::new(batch, self.device)
+        });
+        let outcome = step::take_step(&self.model, &self.optimizer, tensors, &settings)?;
         self.cursor.position += self.config.sequences_per_step() as u64;
         self.tokens_seen += self.config.train.batch_tokens as u64;
-        if !(loss.is_finite() && gradient_norm.is_finite()) {
-            self.non_finite(loss)?;
-        } else {
+        if outcome.is_finite() {
             self.skipped_in_a_row = 0;
-            let rate = self.learning_rate();
-            self.optimizer.step(&self.model, self.step + 1, rate, self.optimizer.clip_factor(gradient_norm))?;
+        } else {
+            self.non_finite(outcome.loss)?;
         }
         self.step += 1;
-        Ok(StepResult { loss, gradient_norm, flops })
-    }
-
-    /// Adds the gradients of one micro-batch; returns its share of the loss.
-    fn accumulate_gradients(&self, batch: &Batch, loss_scale: f64) -> Result<f64> {
-        let BatchTensors { ids, labels, packing } = BatchTensors::new(batch)?;
-        let tape = Tape::new();
-        let loss = self.model.loss(&tape, &ids, &labels, &packing, loss_scale, self.config.train.recompute)?;
-        tape.backward(&loss)?;
-        Ok(loss.value().to_scalar()?)
+        Ok(outcome)
     }
 
     /// No update is made with a loss or gradient that is not finite: names the tensor, then stops or skips.
@@ -256,11 +301,12 @@ impl Trainer {
     fn non_finite_parameter(&self) -> Option<String> {
         let arena = self.model.arena();
         let finite = |tensor: &Tensor| tensor.sum_of_squares().is_ok_and(f64::is_finite);
-        if finite(arena.values()) {
+        if finite(arena.master()) {
             return None;
         }
-        let broken = arena.iter().find(|(_, parameter)| !finite(&parameter.value));
-        Some(broken.map_or("arena", |(entry, _)| &entry.name).to_owned())
+        let of = |index| arena.master_of(ParameterId(index)).is_ok_and(|master| finite(&master));
+        let broken = arena.entries().iter().enumerate().find(|&(index, _)| !of(index));
+        Some(broken.map_or("arena", |(_, entry)| &entry.name).to_owned())
     }
 
     fn learning_rate(&self) -> f64 {
@@ -269,25 +315,27 @@ impl Trainer {
     }
 
     /// Metrics and log line of a step.
-    fn finish_step(&mut self, result: StepResult, elapsed: Duration) -> Result<()> {
+    fn finish_step(&mut self, batches: &[Batch], outcome: StepOutcome, elapsed: Duration) -> Result<()> {
         let seconds = elapsed.as_secs_f64();
         self.training_seconds += seconds;
         let taken = self.step - 1;
         let factor = learning_rate_factor(&self.config.schedule, taken, self.config.train.steps);
+        let flops: f64 = batches.iter().map(|batch| batch_flops(&self.config, batch)).sum();
         let metrics = TrainMetrics {
             step: self.step,
-            loss: result.loss,
-            grad_norm: result.gradient_norm,
+            loss: outcome.loss,
+            grad_norm: outcome.gradient_norm,
             learning_rate: self.config.optimizer.learning_rate * factor,
             tokens_per_second: self.config.train.batch_tokens as f64 / seconds,
             milliseconds: 1e3 * seconds,
+            device_milliseconds: outcome.device_milliseconds,
+            host_milliseconds: outcome.host_milliseconds,
             tokens_seen: self.tokens_seen,
-            // The peak of a CPU is not known, and a guess would be worse than nothing.
-            mfu: None,
-            peak_memory_bytes: Some(memory_use().peak as u64),
+            mfu: mfu::utilisation(flops, seconds, self.peak_flops),
+            peak_memory_bytes: Some(self.device.memory_use()?.peak as u64),
         };
         self.metrics.append(&Record::Train(metrics.clone()))?;
-        self.console.step(&metrics, result.flops / seconds, self.step.is_multiple_of(self.config.train.log_every));
+        self.console.step(&metrics, flops / seconds, self.step.is_multiple_of(self.config.train.log_every));
         Ok(())
     }
 
@@ -332,6 +380,7 @@ impl Trainer {
                 self.step
             );
         }
+        let _save = range("save");
         self.metrics.sync()?;
         let checkpoint = self.store.save(self.step, |writer| self.write_checkpoint(writer))?;
         self.console.line(&format!("saved {}", checkpoint.folder().display()));
@@ -341,6 +390,7 @@ impl Trainer {
     /// The loss on the validation tokens; does nothing if it is known, if there are none, or if a signal comes.
     fn validate(&mut self) -> Result<()> {
         let Some(valid) = self.text.valid.as_ref().filter(|_| !self.is_measured("valid")) else { return Ok(()) };
+        let _evaluate = range("evaluate");
         let Some(sum) = evaluate::loss(&self.model, valid, Some(self.config.evaluation.tokens), &self.stop)? else {
             return Ok(());
         };
@@ -435,7 +485,7 @@ impl Trainer {
             return Ok(());
         }
         let batch = valid.batch(0, 1)?;
-        let ids = BatchTensors::new(&batch)?.ids;
+        let ids = BatchTensors::new(&batch, self.device)?.ids;
         if let Some(metrics) = crate::inspect::attention_metrics(&self.model, &ids, self.step)? {
             self.metrics.append(&Record::Attention(metrics))?;
         }
@@ -448,28 +498,39 @@ impl Trainer {
         let parameters = count::parameters(&config.model);
         let epoch = self.text.train.windows() as f64 * config.train.sequence_length as f64;
         self.console.line(&format!(
-            "{}: {:.2}M parameters, {} attention, {} tokens a step ({} x {}), {} training tokens, {} threads",
+            "{}: {:.2}M parameters, {} attention, {} on {}, {} tokens a step ({} x {}), {} training tokens, {} threads",
             config.name,
             parameters.total as f64 / 1e6,
             attention_name(config),
+            self.dtype,
+            self.device,
             config.train.batch_tokens,
             config.sequences_per_step(),
             config.train.sequence_length,
             epoch,
             rayon::current_num_threads(),
         ));
-        self.console.line(
-            "flops: 6 x matrix parameters x tokens + attention counted causal-half (3 x its forward); MFU is n/a on a CPU",
-        );
+        self.console.line(&mfu::formula(device::gpu_name(self.device).as_deref(), self.peak_flops));
     }
 
-    /// An estimate of the memory, then one real step at full shape whose result is thrown away.
+    /// An estimate of the memory, then one real step at full shape whose result is thrown away: weights, moments and the
+    /// place in the data stay as they are.
     fn preflight(&mut self) -> Result<()> {
-        let estimate = memory::estimate(&self.config);
-        estimate.check_fits(&self.config)?;
+        let estimate = memory::estimate(&self.config, self.device, self.dtype);
+        if self.device == Device::Cpu {
+            estimate.check_fits(&self.config, self.device, self.dtype)?;
+        }
         let batch = self.text.train.batch(self.cursor.position, self.config.micro_batch())?;
-        self.accumulate_gradients(&batch, 1.0 / batch.valid_tokens.max(1) as f64)?;
-        let peak = memory_use().peak as u64;
+        let settings = StepSettings {
+            number: self.step + 1,
+            learning_rate: 0.0,
+            loss_scale: 1.0 / batch.valid_tokens.max(1) as f64,
+            recompute: self.config.train.recompute,
+        };
+        BatchTensors::new(&batch, self.device)
+            .and_then(|tensors| step::rehearse(&self.model, &self.optimizer, &tensors, &settings))
+            .map_err(|error| estimate.explain_out_of_memory(error, &self.config))?;
+        let peak = self.device.memory_use()?.peak as u64;
         self.console.line(&format!("memory: estimated {}, one step took {}", mib(estimate.total()), mib(peak)));
         let metrics = MemoryMetrics { step: self.step, peak_bytes: peak, parts: estimate.parts };
         if !self.is_measured("memory") {
@@ -501,7 +562,7 @@ fn mib(bytes: u64) -> String {
     format!("{:.0} MiB", bytes as f64 / (1 << 20) as f64)
 }
 
-fn step_flops(config: &RunConfig, batch: &Batch) -> f64 {
+fn batch_flops(config: &RunConfig, batch: &Batch) -> f64 {
     let squared: f64 = batch.cu_seqlens.windows(2).map(|w| f64::from(w[1] - w[0]).powi(2)).sum();
     count::training_flops(&config.model, batch.ids.len(), squared)
 }

@@ -17,6 +17,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use stickbreak_tensor::Device;
 use stickbreak_tensor::io::{self, NamedTensors};
 
 /// Weights above this many bytes are split into several files, as Hugging Face does.
@@ -100,8 +101,8 @@ impl Trainer {
         }
         let (first, second) = self.optimizer.moments();
         let moments = NamedTensors::from([
-            ("first_moment".to_owned(), first.clone()),
-            ("second_moment".to_owned(), second.clone()),
+            ("first_moment".to_owned(), first.to_device(Device::Cpu)?),
+            ("second_moment".to_owned(), second.to_device(Device::Cpu)?),
         ]);
         writer.bytes("optimizer.safetensors", &io::serialize(&moments, &BTreeMap::new())?)?;
         let state = State {
@@ -124,8 +125,8 @@ impl Trainer {
         let path = checkpoint.path("optimizer.safetensors")?;
         let moments = io::parse(&path, &checkpoint.read("optimizer.safetensors")?)?;
         let (first, second) = self.optimizer.moments();
-        first.copy_assign(moments.tensor(&path, "first_moment")?)?;
-        second.copy_assign(moments.tensor(&path, "second_moment")?)?;
+        first.transfer_assign(moments.tensor(&path, "first_moment")?)?;
+        second.transfer_assign(moments.tensor(&path, "second_moment")?)?;
         (self.step, self.cursor, self.tokens_seen) = (state.step, state.cursor, state.tokens_seen);
         self.training_seconds = state.training_seconds;
         Ok(())

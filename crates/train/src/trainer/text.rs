@@ -125,7 +125,10 @@ fn open_prepared(config: &RunConfig) -> Result<(Source, Option<Tokenizer>, Strin
             );
         }
         tracing::info!("preparing {} from {}", folder.display(), config.data.inputs.join(", "));
-        prepare(&options(config)?, &mut crate::data::prepare::progress_bar())?;
+        prepare(&options(config)?, &mut crate::data::prepare::progress_bar()).with_context(|| {
+            let inputs = config.data.inputs.join(", ");
+            format!("the text of this run is {inputs}; another one: --set 'data.inputs=[\"PATH\"]'")
+        })?;
     } else if !config.data.inputs.is_empty() {
         // Training on a folder that was prepared otherwise would silently ignore the config.
         Journal::check_options(&options(config)?)?;

@@ -141,6 +141,8 @@ impl Workspace {
     pub fn command(&self, name: &str, changes: &[&str]) -> Command {
         let mut command = stickbreak();
         command.arg("train").arg(self.path("run.toml")).arg("--out").arg(self.path(name)).args(["--threads", "1"]);
+        // Also where there is a GPU: these tests compare bits with runs of this process.
+        command.args(["--device", "cpu"]);
         for change in changes {
             command.args(["--set", change]);
         }
