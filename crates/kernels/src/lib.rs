@@ -13,6 +13,10 @@
 //! * an output is written in full, whatever it held before, unless its doc says "accumulates";
 //! * a shape error is reported before anything is written.
 
+// Unit tests share helpers with the tests outside of the crate, which know it by its name.
+#[cfg(test)]
+extern crate self as stickbreak_kernels;
+
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;

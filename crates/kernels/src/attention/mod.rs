@@ -11,6 +11,11 @@
 //! Memory is linear in the number of tokens: nothing of size tokens x tokens is kept or even held.
 
 pub mod decode;
+pub(crate) mod decode_cuda;
+#[allow(dead_code, reason = "the plan of stick-breaking attention follows")]
+pub(crate) mod device;
+#[allow(dead_code, reason = "stick-breaking plan follows")]
+pub(crate) mod f32_cuda;
 mod gradients;
 mod pack;
 mod schedule;

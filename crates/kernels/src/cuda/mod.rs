@@ -29,7 +29,7 @@ pub use view::{DeviceElement, DeviceMut, DeviceRef, DeviceType, check};
 
 /// Every source that the ops can ask for, so that one test can compile them all without a GPU.
 pub fn all_sources() -> Vec<Source> {
-    let point = [
+    let sources = [
         crate::elementwise::cuda::sources(),
         crate::reduce::cuda::sources(),
         crate::rms_norm::cuda::sources(),
@@ -39,6 +39,26 @@ pub fn all_sources() -> Vec<Source> {
         crate::embedding::cuda::sources(),
         crate::cross_entropy::cuda::sources(),
         crate::adamw::cuda::sources(),
+        crate::attention::f32_cuda::sources(),
+        crate::attention::softmax::cuda::sources(),
+        crate::attention::stick_breaking::cuda::sources(),
+        crate::attention::decode_cuda::sources(),
     ];
-    point.concat()
+    sources.concat()
+}
+
+/// The sources that a model with this head dimension asks for in this type, to be compiled before its first step.
+pub fn sources_for(head_dim: usize, dtype: DeviceType) -> Vec<Source> {
+    let wanted = |source: &Source| {
+        source.defines.iter().all(|(name, value)| match (*name, dtype) {
+            ("HEAD_DIM", DeviceType::Bf16) => *value == head_dim.to_string(),
+            ("HEAD_DIM", _) => false,
+            ("WIDTH", DeviceType::F32) => {
+                value.parse().is_ok_and(|width: usize| (head_dim..2 * head_dim.max(32)).contains(&width))
+            }
+            ("WIDTH", _) => false,
+            _ => true,
+        })
+    };
+    all_sources().into_iter().filter(wanted).collect()
 }

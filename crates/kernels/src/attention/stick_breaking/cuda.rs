@@ -1,61 +1,613 @@
-//! Stick-breaking attention on a CUDA device: the place of its plan, which is being built.
+//! Stick-breaking attention on the GPU: bf16 on tensor cores (`cuda/stick_breaking.cu`), float32 by
+//! `cuda/attention_f32.cu`.
+//!
+//! **Between the passes.** [`Saved`] holds the oldest key block that each query tile visited, if early exit is on, and, in
+//! bf16, what every row has left of the stick after each block of keys (4 bytes per row and 64 keys), as long as that is at
+//! most an eighth of q, k, v and o. Longer inputs keep nothing of the kind: the backward pass rebuilds it with one walk
+//! more. It holds it, and the sums over older keys, for as many heads at a time as [`STATE_BYTES`] allow, at least for the
+//! query heads of one key/value head.
+
+use std::ops::Range;
+use std::sync::Arc;
 
 use super::StickBreakingSpec;
-use crate::cuda::{DeviceMut, DeviceRef, DeviceType, Queue};
+use crate::attention::device::{bf16_head_dims, check_flat, check_gradients, check_inputs, check_layout, check_output};
+use crate::attention::{AttentionLayout, documents, f32_cuda};
+use crate::cuda::{Arg, DeviceMut, DeviceRef, DeviceType, Kernel, Launch, Queue, Scratch, Source};
 use crate::{KernelError, Result};
 
-/// Prepared attention.
-#[derive(Debug)]
-pub struct Plan {}
+const FORWARD: &str = "stick-breaking attention on CUDA";
+const BACKWARD: &str = "stick-breaking attention on CUDA, backward";
 
-/// State between the passes.
-#[derive(Debug)]
-pub struct Saved {}
+/// Bytes of intermediate state that a backward pass in bf16 may hold.
+pub const STATE_BYTES: usize = 1 << 30;
 
-fn missing<T>() -> Result<T> {
-    Err(KernelError::cuda("stick-breaking attention", "not built yet"))
+/// Everything that calls with one spec and the same documents share: tile lists on the device and loaded kernels. Made once
+/// per batch, used by every layer. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    spec: StickBreakingSpec,
+    documents: Vec<Range<usize>>,
+    dtype: DeviceType,
+    path: Path,
+}
+
+#[derive(Debug)]
+enum Path {
+    Float(f32_cuda::Plan),
+    TensorCores(TensorCores),
+}
+
+/// What a forward pass leaves for its backward pass, on the device.
+#[derive(Debug)]
+pub struct Saved {
+    plan: Plan,
+    /// u32 `[query_heads, query tiles]`, if early exit is on.
+    first_tiles: Option<Scratch>,
+    /// f32, see `cuda/stick_breaking.cu`; None if the backward pass rebuilds it.
+    sticks: Option<Scratch>,
 }
 
 impl Saved {
-    /// Counts.
-    pub fn visited_tiles(&self, _: &Queue) -> Result<(Vec<u64>, u64)> {
-        missing()
+    /// Device memory held, in bytes.
+    pub fn bytes(&self) -> usize {
+        [&self.first_tiles, &self.sticks].into_iter().flatten().map(Scratch::bytes).sum()
+    }
+
+    /// For each query head how many (query tile, key tile) pairs the forward pass visited, and how many pairs of one head
+    /// hold a visible key. Waits for the device if early exit is on.
+    ///
+    /// # Errors
+    /// If the copy fails.
+    pub fn visited_tiles(&self, queue: &Queue) -> Result<(Vec<u64>, u64)> {
+        let Inner { spec, documents, path, .. } = &*self.plan.inner;
+        let first = self.first_tiles.as_ref().map(|first| queue.download::<u32>(first.as_ref())).transpose()?;
+        let first = first.unwrap_or_default();
+        Ok(match path {
+            Path::Float(plan) => plan.visited_tiles(documents, spec.attend_current, &first),
+            Path::TensorCores(kernels) => kernels.shape.visited_tiles(spec, documents, &first),
+        })
     }
 }
 
+/// All sources that a plan can ask for in bf16.
+pub(crate) fn sources() -> Vec<Source> {
+    // Cards with 99 KB of shared memory per block have no room for the copies of two stages from some head dim on.
+    let staged = |head_dim, shared| Shape::new(head_dim, shared).ok().map(|shape| shape.source());
+    let all: Vec<_> = bf16_head_dims().filter_map(|head_dim| staged(head_dim, usize::MAX)).collect();
+    let small = bf16_head_dims().filter_map(|head_dim| staged(head_dim, 99 << 10));
+    let small: Vec<_> = small.filter(|source| !all.contains(source)).collect();
+    [all, small].concat()
+}
+
 impl Plan {
-    /// Prepares.
-    pub fn new(_: &Queue, _: &StickBreakingSpec, _: &[i32], _: DeviceType) -> Result<Self> {
-        missing()
+    /// Checks the spec and the documents, and loads (compiles, the first time) the kernels. `dtype` is that of q, k, v and
+    /// the outputs: f32 (head_dim up to 256) or bf16 (head_dim a multiple of 8 from 16 to 128, or 256; strides multiples of
+    /// 8 elements; memory that starts at multiples of 16 bytes).
+    ///
+    /// # Errors
+    /// A spec or offsets that are wrong or have no kernel, or a failure of the device.
+    pub fn new(queue: &Queue, spec: &StickBreakingSpec, cu_seqlens: &[i32], dtype: DeviceType) -> Result<Self> {
+        let layout = spec.layout;
+        if !spec.scale.is_finite() {
+            return Err(KernelError::size(FORWARD, "scale", "finite", spec.scale));
+        }
+        check_layout(FORWARD, &layout, dtype)?;
+        let documents = documents(FORWARD, cu_seqlens, layout.tokens)?;
+        let path = if dtype == DeviceType::F32 {
+            Path::Float(f32_cuda::Plan::new(queue, FORWARD, f32_cuda::Kind::StickBreaking, &layout, &documents)?)
+        } else {
+            Path::TensorCores(TensorCores::new(queue, &layout, &documents)?)
+        };
+        Ok(Self { inner: Arc::new(Inner { spec: *spec, documents, dtype, path }) })
     }
-    /// Forward pass.
+
+    /// What it was made for.
+    pub fn spec(&self) -> &StickBreakingSpec {
+        &self.inner.spec
+    }
+
+    /// Writes o (with `output_stride`), and rem and log2_rem, f32 `[tokens, query_heads]`, if wanted. With `save`, returns
+    /// what [`backward`](Self::backward) needs; without, nothing is kept.
+    ///
+    /// # Errors
+    /// Views that do not fit the layout (nothing is launched then), or a failure of the device.
+    #[expect(clippy::too_many_arguments, reason = "each is a tensor of its own")]
     pub fn forward(
         &self,
-        _: &Queue,
-        _: DeviceRef<'_>,
-        _: DeviceRef<'_>,
-        _: DeviceRef<'_>,
-        _: &mut DeviceMut<'_>,
-        _: Option<&mut DeviceMut<'_>>,
-        _: Option<&mut DeviceMut<'_>>,
-        _: bool,
+        queue: &Queue,
+        q: DeviceRef<'_>,
+        k: DeviceRef<'_>,
+        v: DeviceRef<'_>,
+        o: &mut DeviceMut<'_>,
+        rem: Option<&mut DeviceMut<'_>>,
+        log2_rem: Option<&mut DeviceMut<'_>>,
+        save: bool,
     ) -> Result<Option<Saved>> {
-        missing()
+        let Inner { spec, dtype, path, .. } = &*self.inner;
+        let layout = &spec.layout;
+        check_inputs(FORWARD, layout, *dtype, [q, k, v])?;
+        check_output(FORWARD, "o", layout, *dtype, o)?;
+        let rem_view = rem.as_deref().map(DeviceMut::as_ref);
+        for (argument, view) in [("rem", rem_view), ("log2_rem", log2_rem.as_deref().map(DeviceMut::as_ref))] {
+            if let Some(view) = view {
+                check_flat(FORWARD, argument, &view, DeviceType::F32, layout.tokens * layout.query_heads)?;
+            }
+        }
+        let tiles = match path {
+            Path::Float(plan) => plan.query_tiles(),
+            Path::TensorCores(kernels) => kernels.pieces,
+        };
+        let wanted = save && spec.early_exit_bits > 0;
+        let mut first_tiles = wanted.then(|| queue.scratch(DeviceType::U32, tiles * layout.query_heads)).transpose()?;
+        let mut sticks = None;
+        let mut first = first_tiles.as_mut().map(Scratch::as_mut);
+        match path {
+            Path::Float(plan) => {
+                plan.stick_breaking_forward(queue, spec, [q, k, v], o, rem, log2_rem, first.as_mut())?;
+            }
+            Path::TensorCores(kernels) => {
+                if save && kernels.keeps_sticks(layout) {
+                    sticks = Some(queue.scratch(DeviceType::F32, layout.query_heads * kernels.head_state())?);
+                }
+                let outputs = Outputs {
+                    o: Arg::from(o),
+                    rem: Arg::optional_mut(rem),
+                    with_log: log2_rem.is_some(),
+                    log2_rem: Arg::optional_mut(log2_rem),
+                };
+                let state = Arg::optional_mut(sticks.as_mut().map(Scratch::as_mut).as_mut());
+                kernels.forward(queue, spec, [q, k, v], outputs, state, Arg::optional_mut(first.as_mut()))?;
+            }
+        }
+        Ok(save.then(|| Saved { plan: self.clone(), first_tiles, sticks }))
     }
-    /// Backward pass.
+
+    /// Writes the gradients of `sum(o * d_o) + sum(rem * drem)`, contiguous whatever the strides of the inputs, in full. d_o
+    /// has the layout of o, drem is f32 `[tokens, query_heads]` (None: zero), `saved` comes from
+    /// [`forward`](Self::forward) with the same inputs.
+    ///
+    /// # Errors
+    /// Views that do not fit the layout or the state of another spec (nothing is launched then), or a failure of the device.
+    #[expect(clippy::too_many_arguments, reason = "each is a tensor of its own")]
     pub fn backward(
         &self,
-        _: &Queue,
-        _: DeviceRef<'_>,
-        _: DeviceRef<'_>,
-        _: DeviceRef<'_>,
-        _: DeviceRef<'_>,
-        _: Option<DeviceRef<'_>>,
-        _: &Saved,
-        _: &mut DeviceMut<'_>,
-        _: &mut DeviceMut<'_>,
-        _: &mut DeviceMut<'_>,
+        queue: &Queue,
+        q: DeviceRef<'_>,
+        k: DeviceRef<'_>,
+        v: DeviceRef<'_>,
+        d_o: DeviceRef<'_>,
+        drem: Option<DeviceRef<'_>>,
+        saved: &Saved,
+        dq: &mut DeviceMut<'_>,
+        dk: &mut DeviceMut<'_>,
+        dv: &mut DeviceMut<'_>,
     ) -> Result<()> {
-        missing()
+        let Inner { spec, dtype, path, .. } = &*self.inner;
+        let layout = &spec.layout;
+        if !saved.plan.same(self) {
+            return Err(KernelError::size(BACKWARD, "saved", "from a forward pass of the same plan", "another plan's"));
+        }
+        check_inputs(BACKWARD, layout, *dtype, [q, k, v])?;
+        check_output(BACKWARD, "d_o", layout, *dtype, &d_o)?;
+        if let Some(drem) = &drem {
+            check_flat(BACKWARD, "drem", drem, DeviceType::F32, layout.tokens * layout.query_heads)?;
+        }
+        check_gradients(BACKWARD, layout, *dtype, [dq, dk, dv])?;
+        let first = saved.first_tiles.as_ref().map(Scratch::as_ref);
+        let gradients = [dq.reborrow(), dk.reborrow(), dv.reborrow()];
+        match path {
+            Path::Float(plan) => plan.stick_breaking_backward(queue, spec, [q, k, v], d_o, drem, first, gradients),
+            Path::TensorCores(kernels) => {
+                let sticks = saved.sticks.as_ref().map(Scratch::as_ref);
+                kernels.backward(queue, spec, [q, k, v], d_o, drem, (first, sticks), gradients)
+            }
+        }
+    }
+
+    fn same(&self, other: &Self) -> bool {
+        let (a, b) = (&*self.inner, &*other.inner);
+        Arc::ptr_eq(&self.inner, &other.inner) || (a.spec == b.spec && a.dtype == b.dtype && a.documents == b.documents)
+    }
+}
+
+/// Rows of one piece of the state.
+const PIECE: usize = 64;
+
+/// Sizes that `cuda/stick_breaking.cu` derives from the head dim, once more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    head_dim: usize,
+    /// Stages of the copies: 2, or 1 where shared memory is short.
+    stages: usize,
+    /// Keys of a block of the state, and that the forward pass takes at a time.
+    keys: usize,
+    forward_keys: usize,
+    forward_rows: usize,
+}
+
+impl Shape {
+    const WARPS: usize = 4;
+    const DQ_ROWS: usize = 16 * Self::WARPS;
+
+    /// For a device whose thread blocks can have so much shared memory.
+    fn new(head_dim: usize, shared_memory: usize) -> Result<Self> {
+        let keys = if head_dim > 128 { 32 } else { 64 };
+        let row_tiles = if head_dim > 128 { 1 } else { 2 };
+        let forward_keys = if head_dim > 64 { 32 } else { keys };
+        let shape = |stages| Self { head_dim, stages, keys, forward_keys, forward_rows: 16 * Self::WARPS * row_tiles };
+        match [shape(2), shape(1)].into_iter().find(|shape| shape.largest() <= shared_memory) {
+            Some(shape) => Ok(shape),
+            None => {
+                let expected = format!("at least {} bytes per block for head_dim {head_dim}", shape(1).largest());
+                Err(KernelError::size(FORWARD, "the device's shared memory", expected, shared_memory))
+            }
+        }
+    }
+
+    fn source(&self) -> Source {
+        let parts = &[include_str!("../../../cuda/attention.cuh"), include_str!("../../../cuda/stick_breaking.cu")];
+        let defines = vec![("HEAD_DIM", self.head_dim.to_string()), ("STAGES", self.stages.to_string())];
+        Source { file: "stick_breaking.cu", parts, defines }
+    }
+
+    /// Bytes of a row in shared memory: padded to 16 dimensions, and by 16 bytes.
+    fn row(&self) -> usize {
+        2 * self.head_dim.next_multiple_of(16) + 16
+    }
+
+    fn forward_shared(&self) -> usize {
+        self.row() * (self.forward_rows + 2 * self.stages * self.forward_keys)
+    }
+
+    fn sticks_shared(&self) -> usize {
+        self.row() * (self.forward_rows + self.stages * self.keys)
+    }
+
+    fn dq_shared(&self) -> usize {
+        self.row() * (2 * Self::DQ_ROWS + 2 * self.stages * self.keys)
+    }
+
+    fn dkdv_shared(&self) -> usize {
+        // What two thread blocks of one multiprocessor can have on Hopper.
+        const TWO_BLOCKS: usize = 226 << 10;
+        let tiles = self.row() * (2 * self.keys + 2 * self.stages * PIECE);
+        let exchange = PIECE * (2 * self.keys + 16);
+        let one_fits_twice = 2 * (tiles + exchange) <= TWO_BLOCKS;
+        let two_fit_twice = 2 * (tiles + 2 * exchange) <= TWO_BLOCKS;
+        tiles + if one_fits_twice && !two_fit_twice { exchange } else { 2 * exchange }
+    }
+
+    fn largest(&self) -> usize {
+        [self.forward_shared(), self.sticks_shared(), self.dq_shared(), self.dkdv_shared()]
+            .into_iter()
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// State entries of a document, one per piece and block of keys.
+    fn entries(&self, length: usize) -> usize {
+        let pieces = length.div_ceil(PIECE);
+        pieces * (pieces + 1) / 2 * (PIECE / self.keys)
+    }
+
+    /// Tiles of `rows` rows: first token of the document, its length, the tile's first row, the document's first state
+    /// entry and first piece. Those with the most work first: the last rows of a document, or with `keys` the first.
+    fn tiles(&self, documents: &[Range<usize>], rows: usize, keys: bool) -> Vec<[i32; 5]> {
+        let (mut entry, mut piece) = (0, 0);
+        let mut tiles = Vec::new();
+        for document in documents {
+            let length = document.len();
+            let one = |first: usize| [document.start, length, first, entry, piece].map(|x| x as i32);
+            tiles.extend((0..length).step_by(rows).map(one));
+            entry += self.entries(length);
+            piece += length.div_ceil(PIECE);
+        }
+        tiles.sort_by_key(|&[_, length, first, ..]| if keys { first - length } else { -first });
+        tiles
+    }
+
+    fn visited_tiles(
+        &self,
+        spec: &StickBreakingSpec,
+        documents: &[Range<usize>],
+        first_blocks: &[u32],
+    ) -> (Vec<u64>, u64) {
+        let pieces = documents.iter().flat_map(|document| {
+            let ends = (0..document.len()).step_by(PIECE).map(|row| (row + PIECE).min(document.len()));
+            ends.map(|end| spec.visible_keys(end - 1).div_ceil(self.keys) as u64)
+        });
+        let (count, causal) = pieces.fold((0, 0), |(count, sum), blocks| (count + 1, sum + blocks));
+        let mut visited = vec![causal; spec.layout.query_heads];
+        for (visited, first) in visited.iter_mut().zip(first_blocks.chunks(count.max(1))) {
+            *visited -= first.iter().map(|&first| u64::from(first)).sum::<u64>();
+        }
+        (visited, causal)
+    }
+}
+
+#[derive(Debug)]
+struct Tiles {
+    list: Scratch,
+    count: u32,
+}
+
+impl Tiles {
+    fn launch(&self, heads: usize, threads: usize, shared: usize) -> Launch {
+        Launch { grid: [self.count, heads as u32, 1], block: threads as u32, shared }
+    }
+}
+
+#[derive(Debug)]
+struct TensorCores {
+    shape: Shape,
+    /// State entries and pieces of one head.
+    entries: usize,
+    pieces: usize,
+    query_tiles: Tiles,
+    dq_tiles: Tiles,
+    key_tiles: Tiles,
+    forward: Kernel,
+    forward_log: Kernel,
+    sticks: Kernel,
+    dq: Kernel,
+    dkdv: Kernel,
+}
+
+/// Where a forward pass writes.
+struct Outputs {
+    o: Arg,
+    rem: Arg,
+    log2_rem: Arg,
+    with_log: bool,
+}
+
+impl TensorCores {
+    fn new(queue: &Queue, layout: &AttentionLayout, documents: &[Range<usize>]) -> Result<Self> {
+        let shape = Shape::new(layout.head_dim, queue.gpu().shared_memory_per_block())?;
+        let entries = documents.iter().map(|document| shape.entries(document.len())).sum();
+        // Indices inside a head are 32 bits wide, and so are offsets inside a tile.
+        let strides = [layout.query_stride, layout.key_stride, layout.value_stride, layout.output_stride];
+        for (what, found, most) in [
+            ("tokens", layout.tokens, i32::MAX as usize),
+            ("the number of pairs of 64 queries and 64 keys", entries, i32::MAX as usize),
+            ("the largest stride", strides.into_iter().max().unwrap_or(0), 1 << 24),
+        ] {
+            if found > most {
+                return Err(KernelError::size(FORWARD, what, format!("at most {most} for bf16 on CUDA"), found));
+            }
+        }
+        let upload = |rows, keys| -> Result<Tiles> {
+            let tiles = shape.tiles(documents, rows, keys);
+            Ok(Tiles { list: queue.upload(tiles.as_flattened())?, count: tiles.len() as u32 })
+        };
+        let source = shape.source();
+        let kernel = |entry| queue.gpu().kernel(&source, entry);
+        Ok(Self {
+            shape,
+            entries,
+            pieces: documents.iter().map(|document| document.len().div_ceil(PIECE)).sum(),
+            query_tiles: upload(shape.forward_rows, false)?,
+            dq_tiles: upload(Shape::DQ_ROWS, false)?,
+            key_tiles: upload(shape.keys, true)?,
+            forward: kernel("stick_breaking_forward_bf16")?,
+            forward_log: kernel("stick_breaking_forward_log_bf16")?,
+            sticks: kernel("stick_breaking_sticks_bf16")?,
+            dq: kernel("stick_breaking_backward_dq_bf16")?,
+            dkdv: kernel("stick_breaking_backward_dkdv_bf16")?,
+        })
+    }
+
+    /// Floats of state of one query head.
+    fn head_state(&self) -> usize {
+        self.entries * PIECE
+    }
+
+    /// Whether the state is worth keeping: at most an eighth of what q, k, v and o take.
+    fn keeps_sticks(&self, layout: &AttentionLayout) -> bool {
+        let state = layout.query_heads * self.head_state() * size_of::<f32>();
+        let heads = 2 * (layout.query_heads + layout.kv_heads);
+        8 * state <= layout.tokens * heads * layout.head_dim * DeviceType::Bf16.size()
+    }
+
+    /// Strides and sizes as all kernels take them, ahead of the last two parameters.
+    fn sizes(&self, spec: &StickBreakingSpec, first_head: usize) -> [Arg; 11] {
+        let layout = &spec.layout;
+        // A score that nobody sees is -infinity before it is multiplied by this.
+        let factor = spec.scale * std::f64::consts::LOG2_E;
+        let factor = if factor.abs() < 1e-30 { 1e-30 } else { factor };
+        let [a, b, c, d, e, f, g, h, i, j] = [
+            layout.query_stride,
+            layout.key_stride,
+            layout.value_stride,
+            layout.output_stride,
+            layout.query_heads,
+            layout.group(),
+            first_head,
+            self.entries,
+            self.pieces,
+            usize::from(spec.attend_current),
+        ]
+        .map(|size| Arg::from(size as i32));
+        [a, b, c, d, e, f, g, h, i, j, (factor as f32).into()]
+    }
+
+    fn forward(
+        &self,
+        queue: &Queue,
+        spec: &StickBreakingSpec,
+        [q, k, v]: [DeviceRef<'_>; 3],
+        outputs: Outputs,
+        sticks: Arg,
+        first_blocks: Arg,
+    ) -> Result<()> {
+        let threshold = if spec.early_exit_bits == 0 { 0.0 } else { (-f64::from(spec.early_exit_bits)).exp2() };
+        let list = self.query_tiles.list.as_ref().into();
+        let Outputs { o, rem, log2_rem, with_log } = outputs;
+        let [a, b, c, d, e, f, g, h, i, j, factor] = self.sizes(spec, 0);
+        let arguments = [
+            q.into(),
+            k.into(),
+            v.into(),
+            o,
+            rem,
+            log2_rem,
+            sticks,
+            first_blocks,
+            list,
+            a,
+            b,
+            c,
+            d,
+            e,
+            f,
+            g,
+            h,
+            i,
+            j,
+            factor,
+            Arg::from(threshold as f32),
+        ];
+        // With the logarithm a warp has half as many rows.
+        let threads = if with_log { 2 * self.shape.forward_rows } else { 32 * Shape::WARPS };
+        let kernel = if with_log { &self.forward_log } else { &self.forward };
+        let launch = self.query_tiles.launch(spec.layout.query_heads, threads, self.shape.forward_shared());
+        queue.launch(kernel, launch, &arguments)
+    }
+
+    fn backward(
+        &self,
+        queue: &Queue,
+        spec: &StickBreakingSpec,
+        [q, k, v]: [DeviceRef<'_>; 3],
+        d_o: DeviceRef<'_>,
+        drem: Option<DeviceRef<'_>>,
+        (first_blocks, saved): (Option<DeviceRef<'_>>, Option<DeviceRef<'_>>),
+        [mut dq, mut dk, mut dv]: [DeviceMut<'_>; 3],
+    ) -> Result<()> {
+        let layout = &spec.layout;
+        let group = layout.group();
+        let arrays = if saved.is_some() { 1 } else { 2 };
+        let group_bytes = arrays * group * self.head_state() * size_of::<f32>();
+        let groups = (STATE_BYTES / group_bytes.max(1)).clamp(1, layout.kv_heads);
+        let floats = groups * group * self.head_state();
+        let mut sums = queue.scratch(DeviceType::F32, floats)?;
+        let mut rebuilt = if saved.is_some() { None } else { Some(queue.scratch(DeviceType::F32, floats)?) };
+        let null = Arg::optional(None);
+        for first_group in (0..layout.kv_heads).step_by(groups) {
+            let kv_heads = groups.min(layout.kv_heads - first_group);
+            let (first_head, heads) = (first_group * group, kv_heads * group);
+            let [a, b, c, d, e, f, g, h, i, j, factor] = self.sizes(spec, first_head);
+            if let Some(rebuilt) = &mut rebuilt {
+                let arguments = [
+                    q.into(),
+                    k.into(),
+                    v.into(),
+                    null,
+                    null,
+                    null,
+                    Arg::from(&mut rebuilt.as_mut()),
+                    Arg::optional(first_blocks),
+                    self.query_tiles.list.as_ref().into(),
+                    a,
+                    b,
+                    c,
+                    d,
+                    e,
+                    f,
+                    g,
+                    h,
+                    i,
+                    j,
+                    factor,
+                    Arg::from(0.0f32),
+                ];
+                let launch = self.query_tiles.launch(heads, 32 * Shape::WARPS, self.shape.sticks_shared());
+                queue.launch(&self.sticks, launch, &arguments)?;
+            }
+            let sticks = match (saved, &rebuilt) {
+                (Some(saved), _) => saved.slice(first_head * self.head_state()..saved.len()).into(),
+                (None, Some(rebuilt)) => rebuilt.as_ref().into(),
+                (None, None) => null,
+            };
+            let arguments = |tiles: &Tiles, sums: Arg, [dq, dk, dv]: [Arg; 3]| {
+                [
+                    q.into(),
+                    k.into(),
+                    v.into(),
+                    d_o.into(),
+                    Arg::optional(drem),
+                    sticks,
+                    sums,
+                    Arg::optional(first_blocks),
+                    dq,
+                    dk,
+                    dv,
+                    tiles.list.as_ref().into(),
+                    a,
+                    b,
+                    c,
+                    d,
+                    e,
+                    f,
+                    g,
+                    h,
+                    i,
+                    j,
+                    factor,
+                    Arg::from(spec.scale as f32),
+                ]
+            };
+            let sums = Arg::from(&mut sums.as_mut());
+            let gradients = [Arg::from(&mut dq), Arg::from(&mut dk), Arg::from(&mut dv)];
+            let launch = self.dq_tiles.launch(heads, 32 * Shape::WARPS, self.shape.dq_shared());
+            queue.launch(&self.dq, launch, &arguments(&self.dq_tiles, sums, gradients))?;
+            let launch = self.key_tiles.launch(kv_heads, 32 * Shape::WARPS, self.shape.dkdv_shared());
+            queue.launch(&self.dkdv, launch, &arguments(&self.key_tiles, sums, gradients))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_with_the_most_work_come_first() {
+        let shape = Shape::new(64, usize::MAX).unwrap();
+        let documents = [0..0, 0..130, 130..131];
+        let queries = shape.tiles(&documents, 128, false);
+        assert_eq!(queries, [[0, 130, 128, 0, 0], [0, 130, 0, 0, 0], [130, 1, 0, 6, 3]]);
+        let keys = shape.tiles(&documents, 64, true);
+        assert_eq!(keys, [[0, 130, 0, 0, 0], [0, 130, 64, 0, 0], [0, 130, 128, 0, 0], [130, 1, 0, 6, 3]]);
+        assert_eq!((shape.entries(130), shape.entries(0)), (6, 0));
+    }
+
+    #[test]
+    fn shared_memory_fits_the_cards() {
+        for head_dim in bf16_head_dims() {
+            let hopper = Shape::new(head_dim, 227 << 10).unwrap();
+            assert_eq!((hopper.stages, hopper.head_dim), (2, head_dim));
+            assert!(head_dim > 128 || 2 * (hopper.dkdv_shared() + 1024) <= 228 << 10, "{head_dim}");
+            assert!(Shape::new(head_dim, 163 << 10).is_ok());
+            assert_eq!(Shape::new(head_dim, 99 << 10).is_ok(), head_dim <= 128);
+        }
+    }
+
+    #[test]
+    fn visited_tiles_are_counted_per_head() {
+        let layout = AttentionLayout::contiguous(131, 2, 1, 64);
+        let spec = StickBreakingSpec::new(layout);
+        let shape = Shape::new(64, usize::MAX).unwrap();
+        // Pieces of 64, 64 and 2 rows see 1, 2 and 3 blocks; the document of one token sees none.
+        let documents = [0..130, 130..131];
+        assert_eq!(shape.visited_tiles(&spec, &documents, &[]), (vec![6, 6], 6));
+        assert_eq!(shape.visited_tiles(&spec, &documents, &[0, 1, 1, 0, 0, 0, 2, 0]), (vec![4, 4], 6));
     }
 }
