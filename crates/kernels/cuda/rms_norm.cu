@@ -131,7 +131,7 @@ DEVICE void rms_backward(const T* x, const P* weight, const float* inverse_rms, 
                          float* partials, u32 rows, u32 width, float inverse_width, u32 group) {
     enum { N = MOST / W };
     __shared__ float scratch[32];
-    extern __shared__ float combined[];
+    extern __shared__ __align__(16) float combined[];
     u32 lane = threadIdx.x % group, member = threadIdx.x / group, members = blockDim.x / group;
     float dweight[MOST];
 #pragma unroll
@@ -225,7 +225,7 @@ template <typename T, typename P, int W>
 DEVICE void rms_backward_streamed(const T* x, const P* weight, const float* inverse_rms, const T* dout,
                                   const T* dresidual, T* dx, float* partials, u32 rows, u32 width, float inverse_width) {
     __shared__ float scratch[32];
-    extern __shared__ float combined[];
+    extern __shared__ __align__(16) float combined[];
     u32 first = threadIdx.x * W, step = blockDim.x * W;
     for (u32 column = first; column < width; column += step) {
 #pragma unroll

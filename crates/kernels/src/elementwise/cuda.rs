@@ -252,7 +252,7 @@ pub fn fill(queue: &Queue, value: f64, x: &mut DeviceMut<'_>) -> Result<()> {
     let (total, unit) = (x.len(), unit_of(x.dtype()));
     let units = vectorized(total, unit, &[Some(x.as_ref())]);
     let (entry, pattern) = match x.dtype() {
-        DeviceType::Bf16 => ("fill_2_bytes", u32::from(half::bf16::from_f64(value).to_bits()) * 0x1_0001),
+        DeviceType::Bf16 => ("fill_2_bytes", u32::from(half::bf16::from_f32(value as f32).to_bits()) * 0x1_0001),
         _ => ("fill_4_bytes", (value as f32).to_bits()),
     };
     let kernel = queue.gpu().kernel(&SOURCE, entry)?;

@@ -32,7 +32,7 @@ fn steps<G: Number>(queue: &Queue, length: usize, shift: usize, clip: f64) {
         for (name, buffer, expected) in [("p", &device[0], &p), ("m", &device[1], &m), ("v", &device[2], &v)] {
             assert_within(&what(name), (2e-6, 1e-5), &buffer.read::<f32>(queue), expected, 8);
         }
-        assert_eq!(copy.read::<bf16>(queue), rounded::<bf16>(&device[0].read::<f32>(queue)), "{}", what("copy"));
+        assert_same(&what("copy"), &copy.read::<bf16>(queue), &rounded::<bf16>(&device[0].read::<f32>(queue)));
     }
 }
 

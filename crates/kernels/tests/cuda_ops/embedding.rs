@@ -14,7 +14,7 @@ fn forward<T: Number>(queue: &Queue) {
             let (device_ids, device_table) = (queue.upload(&ids).unwrap(), Buffer::new::<T>(queue, &table, shift));
             let mut out = Buffer::poisoned::<T>(queue, tokens * width, shift);
             cuda::forward(queue, &spec, device_ids.as_ref(), device_table.get(), &mut out.get_mut()).unwrap();
-            assert_eq!(out.read::<T>(queue), expected, "{} {spec:?}", T::NAME);
+            assert_same(&format!("{} {spec:?}", T::NAME), &out.read::<T>(queue), &expected);
         }
     }
 }

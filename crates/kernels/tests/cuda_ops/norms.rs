@@ -30,7 +30,7 @@ fn rms_norm_case<T: Number, P: Number, G: Number>(queue: &Queue, rows: usize, wi
             rms_norm::cuda::forward(queue, &spec, device_x.get(), w, o, r).unwrap();
         }
         if fused {
-            assert_eq!(device_sum.read::<T>(queue), sum, "{}", what("sum"));
+            assert_same(&what("sum"), &device_sum.read::<T>(queue), &sum);
         }
         assert_within(&what("out"), T::BOUNDS, &out.read::<T>(queue), &expected, width);
         assert_within(&what("inverse_rms"), f32::BOUNDS, &inverse_rms.read::<f32>(queue), &expected_rms, 1);
@@ -67,8 +67,8 @@ fn rms_norm_case<T: Number, P: Number, G: Number>(queue: &Queue, rows: usize, wi
     let (both_dx, both_dweight) = run(false, true, true);
     assert_within(&what("dx"), T::BOUNDS, &values::<T>(&both_dx), &dx, width);
     assert_within(&what("dweight"), G::BOUNDS, &values::<G>(&both_dweight), &dweight, width);
-    assert_eq!(run(false, true, false).0, both_dx, "{}", what("dx alone"));
-    assert_eq!(run(false, false, true).1, both_dweight, "{}", what("dweight alone"));
+    assert_same(&what("dx alone"), &run(false, true, false).0, &both_dx);
+    assert_same(&what("dweight alone"), &run(false, false, true).1, &both_dweight);
     let (found_dx, _) = run(true, true, true);
     let expected: Vec<f64> = dx.iter().zip(&dresidual).map(|(a, b)| a + b).collect();
     assert_within(&what("dx with residual"), T::BOUNDS, &values::<T>(&found_dx), &expected, width);
@@ -161,7 +161,7 @@ fn group_norm_case<T: Number, P: Number, G: Number>(
     assert_within(&what("dbias"), G::BOUNDS, &values::<G>(&all[2]), &dbias, head_dim);
     for alone in 0..3 {
         let wants = [0, 1, 2].map(|i| i == alone);
-        assert_eq!(run(wants)[alone], all[alone], "{} of gradient {alone} alone", what("backward"));
+        assert_same(&what(&format!("gradient {alone} alone")), &run(wants)[alone], &all[alone]);
     }
 }
 

@@ -36,7 +36,7 @@ fn rope_case<T: Number>(queue: &Queue, spec: &RopeSpec, gap: usize, shift: usize
         assert_within(&what("dense"), T::BOUNDS, &dense.read::<T>(queue), &expected, head_dim);
         let mut in_place = Buffer::new::<T>(queue, &spaced, shift);
         cuda::rotate_in_place(queue, spec, p, inverse, &mut in_place.get_mut(), stride).unwrap();
-        assert_eq!(gather(in_place.read::<T>(queue)), gather(out.read::<T>(queue)), "{}", what("in place"));
+        assert_same(&what("in place"), &gather(in_place.read::<T>(queue)), &gather(out.read::<T>(queue)));
     }
 }
 
