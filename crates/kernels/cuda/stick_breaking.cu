@@ -44,10 +44,7 @@
 #define FORWARD_BLOCKS 2
 #endif
 #ifndef STICKS_BLOCKS
-#define STICKS_BLOCKS 3
-#endif
-#ifndef STICKS_LENGTH
-#define STICKS_LENGTH 8
+#define STICKS_BLOCKS (HEAD_DIM > 64 ? 3 : 4)
 #endif
 #ifndef DQ_WARPS
 #define DQ_WARPS 4
@@ -60,19 +57,6 @@
 #endif
 #ifndef DKDV_BLOCKS
 #define DKDV_BLOCKS (STAGES > 1 && (HEAD_DIM == 16 || HEAD_DIM == 32 || HEAD_DIM == 64) ? 3 : 2)
-#endif
-#ifdef VOTE_LATE
-#define ADD_EARLY
-#define ADD_LATE add_values();
-#else
-#define ADD_EARLY add_values();
-#define ADD_LATE
-#endif
-#ifndef PREFETCH
-#define PREFETCH 0
-#endif
-#ifndef COPY_LATE
-#define COPY_LATE 1
 #endif
 #ifndef STAGES
 #define STAGES 2
@@ -160,7 +144,7 @@ DEVICE float log2_of_one_plus(float x) {
 }
 
 // Keys of one row that share a reciprocal: their product of 1 + e is formed first.
-template <bool want_weights> constexpr __device__ int chunk_length() { return want_weights ? 4 : STICKS_LENGTH; }
+template <bool want_weights> constexpr __device__ int chunk_length() { return want_weights ? 4 : 8; }
 
 // The odds replace the scores; `inverse` takes the inverse products of 1 + e of each lane's chunks of keys. False if such a
 // product is so large somewhere that it or its inverse could leave the range of a float (or is NaN): then nothing here is
@@ -172,7 +156,7 @@ DEVICE bool take_odds(float (&z)[row_tiles][keys / 8][4], float factor,
     constexpr int length = chunk_length<want_weights>(), chunks = keys / 4 / length;
     // Times a stick of more than 2^-60, the smallest inverse is still a normal float. Without weights only the product of
     // sticks is formed.
-    constexpr float least = length == 4 ? 8.6736174e-19f : 7.5231638e-37f;  // 2^-60, 2^-120
+    constexpr float least = want_weights ? 8.6736174e-19f : 7.5231638e-37f;  // 2^-60, 2^-120
     bool fine = true;
 #pragma unroll
     for (int i = 0; i < row_tiles; i++)
@@ -389,25 +373,19 @@ template <bool want_values, bool want_log, int warps, int row_tiles, int keys> D
                 if ((b + 1) * keys > warp_row + p.own_key)
                     hide_future<row_tiles, keys>(z, row, b * keys + c * (keys / 4), p.own_key, p.factor);
             };
-            // From the newest key on.
-            auto add_values = [&]() {
-                if (want_values) {
-#pragma unroll
-                    for (int ch = keys / 16 - 1; ch >= 0; ch--)
-                        multiply_weights<row_tiles, DIM_STEPS>(o, weights[ch], v_lane + stage * tile_bytes + ch * 16 * ROW_BYTES);
-                }
-            };
             score();
             bool fine = take_odds<row_tiles, keys, want_values, want_log>(z, p.factor, inverse, log2_left);
             if (__all_sync(FULL_MASK, fine)) {
                 break_sticks<row_tiles, keys, want_values, want_log>(z, inverse, log2_left, stick, log2_stick, weights);
-                ADD_EARLY
             } else {
                 score();
                 break_saturated_sticks<row_tiles, keys, want_values, want_log>(z, p.factor, stick, log2_stick, weights);
-                ADD_EARLY
             }
-            ADD_LATE
+            if (want_values) {
+#pragma unroll
+                for (int ch = keys / 16 - 1; ch >= 0; ch--)
+                    multiply_weights<row_tiles, DIM_STEPS>(o, weights[ch], v_lane + stage * tile_bytes + ch * 16 * ROW_BYTES);
+            }
         }
         if (b * keys % KEYS != 0) continue;
         if (sticks != nullptr && c == 0 && b * keys / KEYS < piece_blocks) {
@@ -619,8 +597,6 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
     const u32 k_lane = k_shared + units_first(ROW_BYTES), v_lane = v_shared + units_first(ROW_BYTES);
     const u32 k_rows = k_shared + rows_first(ROW_BYTES);
 
-    float next_stick[row_tiles][2];
-    if (PREFETCH && oldest < blocks) read_sticks(max(oldest, piece_oldest), next_stick);
     for (int b = oldest; b < blocks; b++) {
         if (STAGES == 1) {
             __syncthreads();
@@ -643,10 +619,7 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
         }
         if (b * KEYS < warp_row + row_tiles * 16 - 1 + p.own_key) {
             float z[row_tiles][KEYS / 8][4], dp[row_tiles][KEYS / 8][4], stick[row_tiles][2];
-            if (!PREFETCH) read_sticks(b, next_stick);
-#pragma unroll
-            for (int i = 0; i < 2 * row_tiles; i++) stick[i / 2][i % 2] = next_stick[i / 2][i % 2];
-            if (PREFETCH && b + 1 < blocks) read_sticks(b + 1, next_stick);
+            read_sticks(b, stick);
             multiply_rows<row_tiles, KEYS>(z, q_lane, k_lane + stage * TILE_BYTES);
             if ((b + 1) * KEYS > warp_row + p.own_key) hide_future<row_tiles, KEYS>(z, row, b * KEYS + c * (KEYS / 4), p.own_key, p.factor);
             multiply_rows<row_tiles, KEYS>(dp, g_lane, v_lane + stage * TILE_BYTES);
@@ -778,8 +751,20 @@ DEVICE void backward_dkdv(const Backward& p) {
     };
 
     int stage = 0;
-    float stick[1][2], sum[1][2];
-    if (PREFETCH && head_of < head_end) read_state(stick, sum);
+    float next_stick[1][2], next_sum[1][2];
+    // Goes on to the next pair and starts its copies: early, or behind the scores where registers are short there.
+    constexpr bool copy_late = HEAD_DIM > 96;
+    auto move_on = [&]() {
+        advance();
+        settle();
+        if (head_of >= head_end) return;
+        if (STAGES > 1) {
+            copy_piece(stage);
+            copies_commit();
+        }
+        read_state(next_stick, next_sum);
+    };
+    if (head_of < head_end) read_state(next_stick, next_sum);
     while (head_of < head_end) {
         if (STAGES == 1) {
             __syncthreads();
@@ -791,15 +776,8 @@ DEVICE void backward_dkdv(const Backward& p) {
         const int first_row = piece_of * PIECE, now = STAGES == 1 ? 0 : stage;
         stage ^= 1;
         float z[1][KEYS / 8][4], dp[1][KEYS / 8][4];
-        if (!PREFETCH) read_state(stick, sum);
-        if (!COPY_LATE) {
-        advance();
-        settle();
-        if (STAGES > 1 && head_of < head_end) {
-            copy_piece(stage);
-            copies_commit();
-        }
-        }
+        float stick[1][2] = {{next_stick[0][0], next_stick[0][1]}}, sum[1][2] = {{next_sum[0][0], next_sum[0][1]}};
+        if (!copy_late) move_on();
         multiply_rows<1, KEYS>(z, q_shared + now * piece_bytes + row_offset, k_lane);
         if (tile.first + KEYS > first_row + warp * 16 + p.own_key)
             hide_future<1, KEYS>(z, first_row + row, tile.first + c * (KEYS / 4), p.own_key, p.factor);
@@ -816,16 +794,7 @@ DEVICE void backward_dkdv(const Backward& p) {
 #pragma unroll
                 for (int x = 0; x < 4; x++) *(u32*)(dz_tile + exchange_lane + exchange_at(ch, x)) = dz[ch][0][x];
         };
-        // The next pair's copies start here, not above, where registers are shortest.
-        if (COPY_LATE) {
-        advance();
-        settle();
-        if (STAGES > 1 && head_of < head_end) {
-            copy_piece(stage);
-            copies_commit();
-        }
-        if (PREFETCH && head_of < head_end) read_state(stick, sum);
-        }
+        if (copy_late) move_on();
         if (two_exchanges) share_dz();
         __syncthreads();
         accumulate(dv, a_lane, g_shared + now * piece_bytes + dim_offset);

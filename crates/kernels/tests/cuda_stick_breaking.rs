@@ -20,6 +20,15 @@ struct Found<T> {
 }
 
 impl<T: Number> Found<T> {
+    /// How many numbers differ of o, dq, dk, dv, rem, log2_rem.
+    fn differences(&self, other: &Self) -> [usize; 6] {
+        fn count<U: Number>(a: &[U], b: &[U]) -> usize {
+            a.iter().zip(b).filter(|(a, b)| a.bits() != b.bits()).count()
+        }
+        let [o, dq, dk, dv] = std::array::from_fn(|i| count(&self.tensors[i], &other.tensors[i]));
+        [o, dq, dk, dv, count(&self.rem, &other.rem), count(&self.log2_rem, &other.log2_rem)]
+    }
+
     fn same_bits(&self, other: &Self) -> bool {
         self.tensors.iter().zip(&other.tensors).all(|(a, b)| same_bits(a, b))
             && same_bits(&self.rem, &other.rem)
@@ -156,7 +165,7 @@ fn kept_and_rebuilt_state() {
         let saved = run::<bf16>(&queue, &spec, &problem, true).saved;
         assert_eq!(saved.bytes() > 0, kept, "head dim {head_dim}: {} bytes", saved.bytes());
         let inputs = 2 * 2 * (2 + 1) * 720 * head_dim;
-        assert!(saved.bytes() * 8 <= inputs);
+        assert!(saved.bytes() * 8 <= inputs + 8 * 4 * 2 * 768);
     }
 }
 
@@ -261,8 +270,10 @@ fn early_exit_keeps_its_bound() {
             }
             if bits == 20 {
                 let expected = [&gradients.dq, &gradients.dk, &gradients.dv];
-                for (found, expected) in found.tensors[1..].iter().zip(expected) {
-                    assert_close("a gradient after an early exit", &wide(found), expected, head_dim, 4e-3, 2e-2);
+                for (what, (found, expected)) in ["dq", "dk", "dv"].iter().zip(found.tensors[1..].iter().zip(expected))
+                {
+                    let what = format!("{what} after an early exit, {lengths:?} {heads:?} {head_dim}");
+                    assert_close(&what, &wide(found), expected, head_dim, 4e-3, 2e-2);
                 }
             }
         }
@@ -308,7 +319,8 @@ fn the_same_launch_gives_the_same_bits_and_documents_do_not_leak() {
         let spec = StickBreakingSpec { early_exit_bits: bits, ..StickBreakingSpec::new(problem.layout) };
         let one = run::<bf16>(&queue, &spec, &problem, true);
         for _ in 0..3 {
-            assert!(one.same_bits(&run::<bf16>(&queue, &spec, &problem, true)));
+            let two = run::<bf16>(&queue, &spec, &problem, true);
+            assert!(one.same_bits(&two), "{bits} bits: {:?}", one.differences(&two));
         }
         let mut other = problem.clone();
         other.k[..530 * 128].fill(f64::NAN);

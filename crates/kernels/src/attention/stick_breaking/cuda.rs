@@ -2,8 +2,8 @@
 //! `cuda/attention_f32.cu`.
 //!
 //! **Between the passes.** [`Saved`] holds the oldest key block that each query tile visited, if early exit is on, and, in
-//! bf16, what every row has left of the stick after each block of keys (4 bytes per row and 64 keys), as long as that is at
-//! most an eighth of q, k, v and o. Longer inputs keep nothing of the kind: the backward pass rebuilds it with one walk
+//! bf16, what every row has left of the stick after each block of keys (4 bytes per row and 64 keys), as long as that, the
+//! remainder left out, is at most an eighth of q, k, v and o. Longer inputs keep nothing of the kind: the backward pass rebuilds it with one walk
 //! more. It holds it, and the sums over older keys, for as many heads at a time as [`STATE_BYTES`] allow, at least for the
 //! query heads of one key/value head.
 
@@ -408,9 +408,10 @@ impl TensorCores {
         self.entries * PIECE
     }
 
-    /// Whether the state is worth keeping: at most an eighth of what q, k, v and o take.
+    /// Whether the state is worth keeping: at most an eighth of what q, k, v and o take. One entry of each piece is the
+    /// remainder, which does not count.
     fn keeps_sticks(&self, layout: &AttentionLayout) -> bool {
-        let state = layout.query_heads * self.head_state() * size_of::<f32>();
+        let state = layout.query_heads * (self.entries - self.pieces.min(self.entries)) * PIECE * size_of::<f32>();
         let heads = 2 * (layout.query_heads + layout.kv_heads);
         8 * state <= layout.tokens * heads * layout.head_dim * DeviceType::Bf16.size()
     }
