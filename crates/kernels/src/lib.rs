@@ -24,7 +24,7 @@
 //! **Shapes.** Documents are packed: q and o are `[tokens, query_heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]`,
 //! rem and its gradient f32 `[tokens, query_heads]`, and `cu_seqlens`, on the host, are the document offsets with the
 //! leading 0. A plain batch is packed as it is: `[batch, length, ...]` with offsets `0, length, 2 length, ...`. Query
-//! head h reads key/value head `h / (query_heads / kv_heads)`. bf16 has tensor-core kernels for head dims 16 to 128 in
+//! head h reads key/value head `h / (query_heads / kv_heads)`. bf16 has tensor-core kernels for head dims 8 to 128 in
 //! steps of 8, and 256; f32 has plain ones up to 256.
 //!
 //! **Strides.** The heads of a token are contiguous; tokens of q, k, v and o may lie further apart

@@ -6,7 +6,7 @@ use crate::{KernelError, Result};
 
 /// Head dims of the tensor-core kernels.
 pub(crate) fn bf16_head_dims() -> impl Iterator<Item = usize> {
-    (16..=128).step_by(8).chain([256])
+    (8..=128).step_by(8).chain([256])
 }
 
 /// Refuses element types and head dims without a kernel, and bf16 strides that 16-byte copies cannot take.
@@ -19,7 +19,7 @@ pub(crate) fn check_layout(op: &'static str, layout: &AttentionLayout, dtype: De
         DeviceType::F32 => Ok(()),
         DeviceType::Bf16 => {
             if !bf16_head_dims().any(|head_dim| head_dim == layout.head_dim) {
-                let expected = "a multiple of 8 from 16 to 128, or 256, for bf16 on CUDA";
+                let expected = "a multiple of 8 up to 128, or 256, for bf16 on CUDA";
                 return Err(KernelError::size(op, "head_dim", expected, layout.head_dim));
             }
             let strides = [

@@ -43,7 +43,7 @@ fn source(head_dim: usize) -> Source {
 
 impl Plan {
     /// Checks the spec and the documents, and loads (compiles, the first time) the kernels. `dtype` is that of q, k, v and
-    /// the outputs: f32 (head_dim up to 256) or bf16 (head_dim a multiple of 8 from 16 to 128, or 256).
+    /// the outputs: f32 (head_dim up to 256) or bf16 (head_dim a multiple of 8 up to 128, or 256).
     ///
     /// # Errors
     /// A spec or offsets that are wrong or have no kernel, or a failure of the device.

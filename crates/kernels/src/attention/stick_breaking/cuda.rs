@@ -87,7 +87,7 @@ pub(crate) fn sources() -> Vec<Source> {
 
 impl Plan {
     /// Checks the spec and the documents, and loads (compiles, the first time) the kernels. `dtype` is that of q, k, v and
-    /// the outputs: f32 (head_dim up to 256) or bf16 (head_dim a multiple of 8 from 16 to 128, or 256; strides multiples of
+    /// the outputs: f32 (head_dim up to 256) or bf16 (head_dim a multiple of 8 up to 128, or 256; strides multiples of
     /// 8 elements; memory that starts at multiples of 16 bytes).
     ///
     /// # Errors
