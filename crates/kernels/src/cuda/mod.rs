@@ -7,7 +7,7 @@
 //! * [`DeviceRef`] and [`DeviceMut`] are contiguous device memory with an element type, made from cudarc's slices or from
 //!   raw pointers.
 //! * An op is a function of a [`Queue`], its spec and views. It checks the spec against the views before it launches
-//!   anything; launching itself, the one unsafe act, is in [`launch`].
+//!   anything; launching itself, the one unsafe act, is in `launch.rs`.
 //!
 //! **Order.** Work is put on the queue's stream and nothing else. Memory that other streams write or read has to be
 //! ordered by the caller's events; cudarc's own event tracking sees no access made here.
