@@ -216,6 +216,8 @@ impl AttentionSettings {
         Ok(match self {
             Self::StickBreaking(settings) => {
                 let (o, rem) = attention::stick_breaking_decode(q.value(), keys, values, *settings)?;
+                // Of q's type, as the training forward makes it.
+                let rem = rem.to_dtype(o.dtype())?;
                 (tape.constant(o), Some(tape.constant(rem)))
             }
             Self::Softmax(settings) => {

@@ -11,7 +11,16 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGINT, SIGPIPE, SIGTERM, SIGUSR1};
+
+/// Ends the process without a word, with the shell's exit code for it (141), when what it prints to is closed, as in
+/// `stickbreak bench | head`. For commands whose printed text is their whole result: Rust's own reaction is a panic.
+///
+/// # Errors
+/// If the operating system refuses the handler.
+pub fn end_on_closed_output() -> io::Result<()> {
+    signal_hook::flag::register_conditional_shutdown(SIGPIPE, 141, Arc::new(AtomicBool::new(true))).map(drop)
+}
 
 /// Set once somebody wants the run to stop. Clones share the flag.
 #[derive(Debug, Clone, Default)]

@@ -4,7 +4,7 @@ mod loop_support;
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use loop_support::{Running, Workspace, assert_same_run, damage, records, refused, steps, stickbreak, succeed};
 use stickbreak_kernels::cuda::library::Library;
@@ -337,4 +337,15 @@ fn the_doctor_names_libraries_places_and_what_training_would_use() {
         assert!(text.contains(what), "{what}: {text}");
     }
     assert!(text.contains("will run in"), "{text}");
+}
+
+#[test]
+fn a_closed_output_ends_a_command_without_a_panic() {
+    let mut command = stickbreak();
+    let mut child = command.arg("doctor").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(141), "{errors}");
+    assert!(!errors.contains("panicked"), "{errors}");
 }

@@ -208,13 +208,21 @@ fn median(values: &mut [f64]) -> f64 {
     values[values.len() / 2]
 }
 
-/// Values from N(0, 1) on a device: bf16 on a GPU, f32 on a CPU.
+/// Values from N(0, 1) on a device: bf16 on a GPU, f32 on a CPU. Past the first 16 million they repeat: the host takes
+/// far longer to draw them than the device to use them.
 fn random(settings: &Settings, shape: impl Into<stickbreak_tensor::Shape>, seed: u64) -> Result<Tensor> {
-    let values = Tensor::randn(0.0, 1.0, shape, DType::F32, seed)?;
-    match settings.device {
-        Device::Cpu => Ok(values),
-        gpu => Ok(values.to_dtype(DType::BF16)?.to_device(gpu)?),
+    const DRAWN: usize = 1 << 24;
+    let shape = shape.into();
+    let elements = shape.elements();
+    let dtype = if settings.device == Device::Cpu { DType::F32 } else { DType::BF16 };
+    let drawn = Tensor::randn(0.0, 1.0, [elements.min(DRAWN)], DType::F32, seed)?;
+    let drawn = drawn.to_dtype(dtype)?.to_device(settings.device)?;
+    let values = Tensor::empty_on([elements], dtype, settings.device)?;
+    for start in (0..elements).step_by(DRAWN) {
+        let part = (elements - start).min(DRAWN);
+        values.narrow(0, start, part)?.copy_assign(&drawn.narrow(0, 0, part)?)?;
     }
+    Ok(values.reshape(shape)?)
 }
 
 #[cfg(test)]

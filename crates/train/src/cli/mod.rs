@@ -73,6 +73,10 @@ fn run(cli: Cli) -> Result<()> {
     if let Some(threads) = cli.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
+    // What these two make is in files, and they only print to standard error, whose end must not be theirs.
+    if !matches!(cli.command, Command::Train(_) | Command::Prepare(_)) {
+        crate::signal::end_on_closed_output()?;
+    }
     match cli.command {
         Command::Prepare(args) => prepare::run(args),
         Command::Train(args) => train::run(args),

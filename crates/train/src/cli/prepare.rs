@@ -5,6 +5,7 @@ use crate::data::{Input, PrepareOptions, Validation};
 use crate::trainer::tokenizer_choice;
 use anyhow::Result;
 use clap::Args;
+use std::io::Write;
 use std::path::PathBuf;
 
 #[derive(Args)]
@@ -46,7 +47,9 @@ pub(super) fn run(args: PrepareArgs) -> Result<()> {
         options.shard_tokens = tokens;
     }
     let manifest = prepare(&options, &mut progress_bar())?;
-    println!(
+    // All is on disk by now: a closed standard output is no failure.
+    let _ = writeln!(
+        std::io::stdout(),
         "{}: {} training and {} validation tokens in {} and {} documents, {} token ids",
         options.output.display(),
         manifest.train.tokens,
