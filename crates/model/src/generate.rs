@@ -21,13 +21,15 @@ pub struct Sampling {
     pub top_k: usize,
     /// Only the most likely tokens that together reach this probability; 1 takes all.
     pub top_p: f64,
+    /// Only ids below this are taken, if given: a vocabulary that is padded to a round size has ids that stand for no text.
+    pub vocabulary: Option<u32>,
     /// Seed of the random choices: the same seed, the same text.
     pub seed: u64,
 }
 
 impl Default for Sampling {
     fn default() -> Self {
-        Self { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 0 }
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0, vocabulary: None, seed: 0 }
     }
 }
 
@@ -39,12 +41,16 @@ impl Sampling {
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return Err(ModelError::Generate(format!("top_p = {} must be above 0 and at most 1", self.top_p)));
         }
+        if self.vocabulary == Some(0) {
+            return Err(ModelError::Generate("vocabulary = 0 leaves no token to choose".to_owned()));
+        }
         Ok(())
     }
 
     /// Chooses a token from logits; ties go to the smaller id.
     fn choose(&self, logits: &[f64], rng: &mut ChaCha8Rng) -> u32 {
-        let mut order: Vec<usize> = (0..logits.len()).collect();
+        let allowed = self.vocabulary.map_or(logits.len(), |ids| logits.len().min(ids as usize));
+        let mut order: Vec<usize> = (0..allowed).collect();
         order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
         if self.temperature == 0.0 {
             return order[0] as u32;

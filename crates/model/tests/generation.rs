@@ -61,7 +61,7 @@ fn greedy_choices_are_the_most_likely_tokens() {
     let default = Sampling::default();
     for sampling in [
         Sampling { temperature: 0.0, ..default },
-        Sampling { temperature: 0.0, top_k: 5, top_p: 0.5, seed: 9 },
+        Sampling { temperature: 0.0, top_k: 5, top_p: 0.5, seed: 9, ..default },
         Sampling { top_k: 1, ..default },
         Sampling { top_p: 1e-9, seed: 4, ..default },
         Sampling { temperature: 1e-9, ..default },
@@ -101,6 +101,12 @@ fn top_k_and_top_p_draw_from_the_most_likely_tokens_alone() {
     assert!(share.is_subset(&order[..6].iter().copied().collect()) && share.len() >= 5, "{share:?}");
     assert!(draws(hot).len() > 30);
     assert_eq!(draws(Sampling { top_k: 10_000, ..hot }), draws(hot));
+    // Ids that stand for no text are never drawn, even as the most likely ones.
+    let below = |limit| order.iter().copied().filter(move |&id| id < limit);
+    assert_eq!(draws(Sampling { vocabulary: Some(4), ..hot }), below(4).collect());
+    let limit = order[0];
+    let greedy = Sampling { temperature: 0.0, vocabulary: Some(limit), ..hot };
+    assert!(limit == 0 || draws(greedy).into_iter().eq(below(limit).take(1)));
 }
 
 #[test]
@@ -131,6 +137,7 @@ fn what_cannot_be_generated_is_refused() {
         (Sampling { top_p: 0.0, ..default }, "top_p = 0"),
         (Sampling { top_p: 1.5, ..default }, "top_p = 1.5"),
         (Sampling { top_p: f64::NAN, ..default }, "top_p = NaN"),
+        (Sampling { vocabulary: Some(0), ..default }, "vocabulary = 0"),
     ] {
         let error = model.generate(&[1], 4, &sampling, None, |_| true).unwrap_err().to_string();
         assert!(error.contains(named), "{error}");

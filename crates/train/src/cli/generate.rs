@@ -40,7 +40,13 @@ pub(super) fn run(args: GenerateArgs) -> Result<()> {
     let end = loaded.tokenizer.end_of_text();
     let mut prompt = vec![end];
     prompt.extend(loaded.tokenizer.encode(&args.prompt)?);
-    let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        vocabulary: Some(loaded.tokenizer.vocab_size()),
+        seed: args.seed,
+    };
     let mut out = std::io::stdout().lock();
     write!(out, "{}", args.prompt)?;
     let mut printer = Printer::default();

@@ -409,8 +409,13 @@ impl Trainer {
         }
         let mut prompt = vec![tokenizer.end_of_text()];
         prompt.extend(tokenizer.encode(&options.prompt)?);
-        let sampling =
-            Sampling { temperature: options.temperature, top_k: 0, top_p: options.top_p, seed: self.config.seed };
+        let sampling = Sampling {
+            temperature: options.temperature,
+            top_k: 0,
+            top_p: options.top_p,
+            vocabulary: Some(tokenizer.vocab_size()),
+            seed: self.config.seed,
+        };
         let end = Some(tokenizer.end_of_text());
         let stop = &self.stop;
         let tokens = self.model.generate(&prompt, options.tokens, &sampling, end, |_| !stop.is_set())?;
