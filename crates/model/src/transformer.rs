@@ -12,7 +12,9 @@ use crate::config::{AttentionKind, ModelConfig, Remainder};
 use crate::error::{ModelError, Result};
 use std::sync::Arc;
 use stickbreak_autograd::ops::{self, StickBreakingOutput};
-use stickbreak_autograd::{ArenaBuilder, ArenaLayout, AutogradError, Parameter, ParameterArena, ParameterId, Tape, Var, checkpoint};
+use stickbreak_autograd::{
+    ArenaBuilder, ArenaLayout, AutogradError, Parameter, ParameterArena, ParameterId, Tape, Var, checkpoint,
+};
 use stickbreak_tensor::ops::attention::{SoftmaxSettings, StickBreakingSettings, alibi_slopes};
 use stickbreak_tensor::ops::nn;
 use stickbreak_tensor::{DType, Device, Tensor};

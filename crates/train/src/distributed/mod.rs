@@ -3,13 +3,18 @@
 //! * A [`Communicator`] is the only thing that the training loop knows of other ranks: collectives on tensors, small
 //!   values on the host, and a way to give up together.
 //! * [`single::Single`] is one rank, [`local::LocalGroup`] ranks as threads of one process, on CPU tensors.
+//! * [`shards`] cuts the parameter arena for the ranks, [`gradients`] adds up what they have, [`weights`] brings back what
+//!   each has updated: the two halves of a step's communication.
 //!
 //! Every collective has a name (`what`), which a person reads when it fails: the training step gives the bucket, the
 //! error adds the rank, the kind of collective and the rank that is to blame.
 
 mod error;
+pub mod gradients;
 pub mod local;
+pub mod shards;
 pub mod single;
+pub mod weights;
 
 pub use error::{CommunicatorError, Ranks, Result};
 
