@@ -86,7 +86,7 @@ fn the_same_run_twice_has_the_same_bits_with_any_number_of_ranks() {
 
 /// Trains with two ranks until `rank` is asked to stop, after its first write of a checkpoint's file.
 fn stop_in_save(workspace: &Workspace, name: &str, changes: &[&str], rank: usize) -> PathBuf {
-    let results = workspace.train_ranks_with(name, changes, 2, |communicator| {
+    let results = workspace.train_ranks_with(name, changes, 2, TIMEOUT, |communicator| {
         let stop = StopFlag::new();
         let options = TrainerOptions::default();
         if communicator.rank() != rank {

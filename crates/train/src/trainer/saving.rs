@@ -254,9 +254,14 @@ impl Trainer {
             }
             (None, _) => Part::Done,
         };
-        mine?;
         if let Some(rank) = failed {
-            bail!("rank {rank} could not write its part of the checkpoint of step {step}; earlier ones are untouched");
+            let who = format!("rank {rank} could not write its part of the checkpoint of step {step}");
+            // Where the leading rank gave up, the others' files went with the folder: that is not their fault.
+            return Err(match mine {
+                Err(error) if rank == self.rank() => error,
+                Err(error) => error.context(who),
+                Ok(_) => anyhow!("{who}; earlier ones are untouched"),
+            });
         }
         self.save = Some(Save { step, part });
         Ok(())

@@ -139,7 +139,7 @@ impl Workspace {
 
     /// A run by ranks as threads: what each gave, by rank.
     pub fn train_ranks(&self, name: &str, changes: &[&str], ranks: usize) -> Vec<Result<Outcome, String>> {
-        self.train_ranks_with(name, changes, ranks, |_| (StopFlag::new(), TrainerOptions::default()))
+        self.train_ranks_with(name, changes, ranks, TIMEOUT, |_| (StopFlag::new(), TrainerOptions::default()))
     }
 
     /// [`Self::train_ranks`] with a stop flag and options of its own for each rank, which may also replace the
@@ -149,6 +149,7 @@ impl Workspace {
         name: &str,
         changes: &[&str],
         ranks: usize,
+        timeout: Duration,
         prepare: impl Fn(Arc<dyn Communicator>) -> (StopFlag, TrainerOptions) + Sync,
     ) -> Vec<Result<Outcome, String>> {
         let run = |communicator: Arc<dyn Communicator>| {
@@ -159,7 +160,7 @@ impl Workspace {
             let opened = Trainer::open_with(self.config(changes), &self.path(name), stop, options);
             opened.and_then(|mut trainer| trainer.run()).map_err(|error| format!("{error:#}"))
         };
-        let results = LocalGroup::run(ranks, TIMEOUT, run);
+        let results = LocalGroup::run(ranks, timeout, run);
         results.into_iter().map(|result| result.unwrap_or_else(|_| Err("panicked".into()))).collect()
     }
 
