@@ -120,3 +120,114 @@ impl GradientReducer {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{DistributedConfig, OptimizerConfig};
+    use crate::distributed::{Reduction, Result};
+    use crate::evaluate::BatchTensors;
+    use crate::optimizer::Optimizer;
+    use crate::step::{StepSettings, no_notes, take_step};
+    use std::sync::Mutex;
+    use stickbreak_autograd::ArenaBuilder;
+    use stickbreak_model::{Packing, Transformer};
+    use stickbreak_tensor::Device;
+
+    /// The first of two ranks, whose other one has nothing but zeros: keeps a list of what is called.
+    #[derive(Debug, Default)]
+    struct Recorder(Mutex<Vec<String>>);
+
+    impl Recorder {
+        fn note(&self, collective: &str, what: &str) -> Result<Ticket> {
+            self.0.lock().unwrap().push(format!("{collective} {what}"));
+            Ok(Ticket::done())
+        }
+
+        fn take(&self) -> Vec<String> {
+            std::mem::take(&mut self.0.lock().unwrap())
+        }
+    }
+
+    impl Communicator for Recorder {
+        fn rank(&self) -> usize {
+            0
+        }
+        fn ranks(&self) -> usize {
+            2
+        }
+        fn all_reduce(&self, what: &str, _: &Tensor, _: Reduction) -> Result<Ticket> {
+            self.note("all_reduce", what)
+        }
+        fn reduce_scatter(&self, what: &str, _: &Tensor, _: &Tensor) -> Result<Ticket> {
+            self.note("sum", what)
+        }
+        fn all_gather(&self, what: &str, _: &Tensor, _: &Tensor) -> Result<Ticket> {
+            self.note("gather", what)
+        }
+        fn broadcast(&self, what: &str, _: &Tensor, _: usize) -> Result<Ticket> {
+            self.note("broadcast", what)
+        }
+        fn gather_values(&self, what: &str, values: &[f64]) -> Result<Vec<Vec<f64>>> {
+            self.note("values", what).map(|_| vec![values.to_vec(), vec![0.0; values.len()]])
+        }
+        fn abort(&self, reason: &str) {
+            panic!("{reason}");
+        }
+    }
+
+    #[test]
+    fn a_bucket_is_sent_as_soon_as_all_in_it_is_complete_and_the_ones_behind_it_are_sent() {
+        let mut builder = ArenaBuilder::default();
+        // Buckets of 128 elements: a | a b | b c, d | padding.
+        let [a, b, c, d] = [("a", 200), ("b", 100), ("c", 20), ("d", 10)].map(|(name, n)| builder.add(name, [n]));
+        let arena = builder.build_with(DType::F32, Device::Cpu, ShardLayout::arena(2)).unwrap();
+        let layout = ShardLayout::new(arena.values().elements(), 0, 2, 512);
+        assert_eq!((arena.values().elements(), layout.buckets()), (512, 4));
+        let recorder = Arc::new(Recorder::default());
+        let mut reducer = GradientReducer::new(recorder.clone(), &layout, &arena, None);
+        let bucket = |index: usize| format!("sum gradients of bucket {index}");
+        reducer.ready(b);
+        assert!(recorder.take().is_empty(), "c, d and half of a are not complete");
+        reducer.ready(d);
+        reducer.ready(c);
+        assert_eq!(recorder.take(), [bucket(3), bucket(2)]);
+        reducer.ready(a);
+        assert_eq!(recorder.take(), [bucket(1), bucket(0)]);
+        let mut order = Vec::new();
+        let each = |bucket| {
+            order.push(bucket);
+            Ok(())
+        };
+        reducer.finish(&mut Waits::new(Device::Cpu), each).unwrap();
+        assert_eq!((order, recorder.take().len()), (vec![3, 2, 1, 0], 0));
+    }
+
+    #[test]
+    fn a_step_communicates_once_however_many_micro_batches_it_has() {
+        let config =
+            r#"{"vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2}"#;
+        let config = serde_json::from_str(config).unwrap();
+        let model = Transformer::new_with(config, DType::F32, Device::Cpu, ShardLayout::arena(2)).unwrap();
+        model.initialise(1).unwrap();
+        let recorder = Arc::new(Recorder::default());
+        let distributed = DistributedConfig { bucket_bytes: 16384, ..DistributedConfig::default() };
+        let optimizer = OptimizerConfig::default();
+        let optimizer = Optimizer::with_ranks(optimizer, &distributed, &model, recorder.clone()).unwrap();
+        let tensors = BatchTensors {
+            ids: Tensor::from_vec(vec![1u32, 2, 3, 4], [4]).unwrap(),
+            labels: Tensor::from_vec(vec![2i32, 3, 4, 5], [4]).unwrap(),
+            packing: Packing::new(&[0, 4]).unwrap(),
+        };
+        let settings = StepSettings { number: 1, learning_rate: 1e-3, loss_scale: 0.125, recompute: false };
+        let batches = || (0..2).map(|_| Ok(tensors.clone()));
+        take_step(&model, &optimizer, batches(), &settings, no_notes).unwrap();
+        let buckets = optimizer.layout().buckets();
+        assert!(buckets > 3);
+        // Sums from the arena's end, one round, and weights from its start, which the next forward pass reads first.
+        let sums = (0..buckets).rev().map(|bucket| format!("sum gradients of bucket {bucket}"));
+        let weights = (0..buckets).map(|bucket| format!("gather weights of bucket {bucket}"));
+        let round = std::iter::once("values loss and gradient norm".to_owned());
+        assert_eq!(recorder.take(), sums.chain(round).chain(weights).collect::<Vec<_>>());
+    }
+}
