@@ -1,5 +1,7 @@
 //! What can go wrong between ranks. Messages name the rank that speaks, the collective, and the rank that is to blame.
 
+use super::launch::Master;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 use stickbreak_tensor::TensorError;
@@ -37,16 +39,14 @@ pub enum CommunicatorError {
         timeout: Duration,
     },
     /// Ranks that called different collectives, or with different sizes.
-    #[error("rank {rank}: the ranks disagree: rank {rank} calls {mine}, rank {other} calls {theirs}")]
+    #[error("rank {rank}: the ranks disagree: rank {} calls {}, rank {} calls {}", one.0, one.1, other.0, other.1)]
     Disagreement {
         /// Who says this.
         rank: usize,
-        /// What it called.
-        mine: String,
-        /// The first rank that called something else.
-        other: usize,
-        /// What that one called.
-        theirs: String,
+        /// A rank, and what it called.
+        one: (usize, String),
+        /// A rank that called something else, and what.
+        other: (usize, String),
     },
     /// Tensors that a collective cannot take.
     #[error("rank {rank}: {collective}: {why}")]
@@ -68,10 +68,55 @@ pub enum CommunicatorError {
         /// Why.
         source: TensorError,
     },
+    /// A GPU, or the library that connects them.
+    #[error("rank {rank}: {collective}: {why}")]
+    Gpu {
+        /// Who says this.
+        rank: usize,
+        /// Collective that was called.
+        collective: String,
+        /// What the library or the driver says.
+        why: String,
+    },
+    /// The ranks did not find each other.
+    #[error("rank {rank}: rendezvous at {master}: {why}")]
+    Rendezvous {
+        /// Who says this.
+        rank: usize,
+        /// Where they were to meet.
+        master: Master,
+        /// Why not.
+        why: String,
+    },
+}
+
+/// Why a group of ranks is of no more use; the same for all of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Failure {
+    /// A rank gave up, died or left.
+    Lost { culprit: usize, reason: String },
+    /// Ranks did not come.
+    Missing { culprits: Ranks, timeout: Duration },
+    /// Ranks called different things.
+    Disagreement { one: (usize, String), other: (usize, String) },
+}
+
+impl Failure {
+    /// As the error of a rank in a collective.
+    pub(crate) fn error(&self, rank: usize, collective: &str) -> CommunicatorError {
+        let collective = collective.to_owned();
+        match self.clone() {
+            Failure::Lost { culprit, reason } => CommunicatorError::RankLost { rank, collective, culprit, reason },
+            Failure::Missing { culprits: missing, timeout } => {
+                CommunicatorError::Timeout { rank, collective, missing, timeout }
+            }
+            Failure::Disagreement { one, other } => CommunicatorError::Disagreement { rank, one, other },
+        }
+    }
 }
 
 /// Some ranks, in words: `rank 2`, `ranks 1 and 3`, `ranks 0, 1, 2, 3, 4, 5, 6, 7 and 120 more`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ranks(pub Vec<usize>);
 
 /// More ranks than this are counted instead of named.

@@ -2,15 +2,27 @@
 //!
 //! * A [`Communicator`] is the only thing that the training loop knows of other ranks: collectives on tensors, small
 //!   values on the host, and a way to give up together.
-//! * [`single::Single`] is one rank, [`local::LocalGroup`] ranks as threads of one process, on CPU tensors.
+//! * [`single::Single`] is one rank, [`local::LocalGroup`] ranks as threads of one process, [`nccl`] processes with a GPU
+//!   each, [`host`] processes on CPUs.
+//! * [`launch`] says what started this process and which rank it is; [`connect()`] meets the others.
 //!
 //! Every collective has a name (`what`), which a person reads when it fails: the training step gives the bucket, the
 //! error adds the rank, the kind of collective and the rank that is to blame.
 
+mod connect;
+mod control;
 mod error;
+mod frame;
+pub mod host;
+pub mod launch;
 pub mod local;
+pub mod nccl;
+mod reduce;
+mod rendezvous;
 pub mod single;
 
+pub use connect::connect;
+pub use control::Timeouts;
 pub use error::{CommunicatorError, Ranks, Result};
 
 use std::fmt;
@@ -107,8 +119,6 @@ impl Ticket {
     }
 
     /// Of a collective that may still run.
-    // Its user is the communicator of GPUs.
-    #[expect(dead_code)]
     pub(crate) fn pending(work: Box<dyn Pending>) -> Self {
         Self(Some(work))
     }
