@@ -90,6 +90,20 @@ pub enum CommunicatorError {
     },
 }
 
+/// Exit code of a process that failed because another rank did: `EX_TEMPFAIL` of sysexits.h, "try again".
+pub const BECAUSE_OF_ANOTHER_RANK: u8 = 75;
+
+/// The exit code for an error: 1, or [`BECAUSE_OF_ANOTHER_RANK`] if it is only the echo of another rank's failure. So a
+/// launcher can tell who failed first.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    let another = error.chain().any(|cause| match cause.downcast_ref() {
+        Some(CommunicatorError::RankLost { rank, culprit, .. }) => rank != culprit,
+        Some(CommunicatorError::Timeout { rank, missing, .. }) => !missing.0.contains(rank),
+        _ => false,
+    });
+    if another { BECAUSE_OF_ANOTHER_RANK } else { 1 }
+}
+
 /// Why a group of ranks is of no more use; the same for all of them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Failure {
@@ -137,6 +151,17 @@ impl fmt::Display for Ranks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn an_error_that_another_rank_caused_has_its_own_exit_code() {
+        let lost = |culprit| Failure::Lost { culprit, reason: "died".into() }.error(2, "x");
+        let code = |error: CommunicatorError| exit_code(&Err::<(), _>(error).context("step 3").unwrap_err());
+        assert_eq!((code(lost(1)), code(lost(2))), (75, 1));
+        let late = |culprit| Failure::Missing { culprits: Ranks(vec![culprit]), timeout: Duration::ZERO }.error(2, "x");
+        assert_eq!((code(late(0)), code(late(2))), (75, 1));
+        assert_eq!(exit_code(&anyhow::anyhow!("a full disk")), 1);
+    }
 
     #[test]
     fn ranks_are_named_and_many_are_counted() {

@@ -303,7 +303,7 @@ fn slurm(variables: Reader<'_>) -> Result<Option<Launch>> {
         rank: variables.number(RANK)?,
         ranks,
         local_rank: variables.number(LOCAL_RANK)?,
-        local_ranks: None,
+        local_ranks: variables.tasks_per_node(),
         master: Some(Master {
             host: match variables.get("MASTER_ADDR") {
                 Some(host) => host.to_owned(),
@@ -315,7 +315,7 @@ fn slurm(variables: Reader<'_>) -> Result<Option<Launch>> {
             },
         }),
     };
-    launch.checked([RANK, tasks, LOCAL_RANK, ""]).map(Some)
+    launch.checked([RANK, tasks, LOCAL_RANK, "tasks per node"]).map(Some)
 }
 
 impl From<(String, u16)> for Master {
@@ -368,6 +368,12 @@ impl<'a> Reader<'a> {
             }
         }
         Ok(self.get("SLURM_LAUNCH_NODE_IPADDR").map(str::to_owned))
+    }
+
+    /// Tasks of each of SLURM's nodes, if they have as many: of `8` or `8(x2)`, not of `8(x2),4`.
+    fn tasks_per_node(self) -> Option<usize> {
+        let text = self.get("SLURM_STEP_TASKS_PER_NODE").or_else(|| self.get("SLURM_TASKS_PER_NODE"))?;
+        text.split_once("(x").map_or(text, |(tasks, _)| tasks).parse().ok().filter(|_| !text.contains(','))
     }
 
     /// A port of this job and step, below those that systems hand out (from 32768).
@@ -520,6 +526,20 @@ mod tests {
         let set = found(&format!("{STEP} {lists} MASTER_ADDR=other MASTER_PORT=4000"));
         assert_eq!(master(&set), "other:4000");
         assert!(refused(STEP).contains("MASTER_ADDR"));
+    }
+
+    #[test]
+    fn slurms_tasks_per_node_are_known_if_all_nodes_have_as_many() {
+        let tasks =
+            |text: &str| found(&format!("{STEP} SLURM_STEP_NODELIST=a SLURM_STEP_TASKS_PER_NODE={text}")).local_ranks;
+        assert_eq!(
+            (tasks("2"), tasks("8(x2)"), tasks("4(x3),2"), tasks("2,4"), tasks("x")),
+            (Some(2), Some(8), None, None, None)
+        );
+        assert_eq!(found(&format!("{STEP} SLURM_STEP_NODELIST=a")).local_ranks, None);
+        // The step's numbers, not the job's.
+        let both = format!("{STEP} SLURM_STEP_NODELIST=a SLURM_TASKS_PER_NODE=4 SLURM_STEP_TASKS_PER_NODE=2(x8)");
+        assert_eq!(found(&both).local_ranks, Some(2));
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //!   values on the host, and a way to give up together.
 //! * [`single::Single`] is one rank, [`local::LocalGroup`] ranks as threads of one process, [`nccl`] processes with a GPU
 //!   each, [`host`] processes on CPUs.
-//! * [`launch`] says what started this process and which rank it is; [`connect()`] meets the others.
+//! * [`launch`] says what started this process and which rank it is; [`connect()`] meets the others;
+//!   [`spawn`] is a launcher of our own.
 //!
 //! Every collective has a name (`what`), which a person reads when it fails: the training step gives the bucket, the
 //! error adds the rank, the kind of collective and the rank that is to blame.
@@ -20,10 +21,11 @@ pub mod nccl;
 mod reduce;
 mod rendezvous;
 pub mod single;
+pub mod spawn;
 
 pub use connect::connect;
 pub use control::Timeouts;
-pub use error::{CommunicatorError, Ranks, Result};
+pub use error::{BECAUSE_OF_ANOTHER_RANK, CommunicatorError, Ranks, Result, exit_code};
 
 use std::fmt;
 use stickbreak_tensor::Tensor;

@@ -5,10 +5,12 @@
 //! way. If something is wrong, all ranks are told; this process gets a moment to end by itself with its own error, then
 //! the communicator is aborted and the process ends.
 
+use super::super::BECAUSE_OF_ANOTHER_RANK;
 use super::super::control::Control;
 use super::super::error::Failure;
 use super::library::Raw;
 use std::collections::VecDeque;
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -153,14 +155,16 @@ impl Watched {
             }
             thread::sleep(LOOK);
         }
-        eprintln!("error: {}", failure.error(self.control.rank(), &self.current()));
+        // At once, so that lines of several ranks do not mix; and whoever read them may be gone.
+        let line = format!("error: {}\n", failure.error(self.control.rank(), &self.current()));
+        let _ = std::io::stderr().write_all(line.as_bytes());
         // Neither NCCL nor the end of the process may hang in turn.
         thread::spawn(|| {
             thread::sleep(LAST_ACTS);
             std::process::abort();
         });
         self.raw.abort();
-        std::process::exit(1);
+        std::process::exit(if own { 1 } else { i32::from(BECAUSE_OF_ANOTHER_RANK) });
     }
 }
 
