@@ -97,7 +97,7 @@ pub(super) fn receive(
     let mut guests: Vec<Option<(Hello, TcpStream)>> = (0..launch.ranks).map(|_| None).collect();
     listener.set_nonblocking(true).map_err(|cause| party.error(cause.to_string()))?;
     let (tell, told) = mpsc::channel();
-    while guests.iter().skip(1).any(Option::is_none) {
+    while !are_there(&mut guests) {
         match listener.accept() {
             Ok((stream, address)) => {
                 // A stranger that says nothing must not keep the others waiting.
@@ -166,6 +166,20 @@ fn introduce(mut stream: TcpStream) -> std::result::Result<(Hello, TcpStream), S
     };
     let (hello, ()) = exchange().map_err(|cause| cause.to_string())?;
     Ok((hello, stream))
+}
+
+/// Whether all ranks but 0 are there; those that came and died are forgotten, since they may be started again.
+fn are_there(guests: &mut [Option<(Hello, TcpStream)>]) -> bool {
+    let others = &mut guests[1..];
+    if others.iter().all(Option::is_some) {
+        for guest in others.iter_mut() {
+            let ended = guest.take_if(|(_, stream)| has_ended(stream));
+            if let Some((hello, _)) = ended {
+                tracing::warn!("rendezvous: rank {} on {} came and died; waiting for it again", hello.rank, hello.host);
+            }
+        }
+    }
+    others.iter().all(Option::is_some)
 }
 
 /// Whether the other end has closed a connection on which nothing is due.
