@@ -122,6 +122,19 @@ impl Gpu {
         &self.name
     }
 
+    /// The card's number, unique among all, as `nvidia-smi -L` writes it.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn uuid(&self) -> Result<String> {
+        let uuid = self.context.uuid().map_err(driver("reading the device's number"))?;
+        let groups = [0..4, 4..6, 6..8, 8..10, 10..16];
+        let hex = |range: std::ops::Range<usize>| {
+            uuid.bytes[range].iter().map(|&byte| format!("{:02x}", byte as u8)).collect::<String>()
+        };
+        Ok(format!("GPU-{}", groups.map(hex).join("-")))
+    }
+
     /// Major and minor number.
     pub fn compute_capability(&self) -> (u32, u32) {
         self.compute_capability

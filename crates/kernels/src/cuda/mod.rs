@@ -14,6 +14,7 @@
 
 pub mod compile;
 mod device;
+mod event;
 mod launch;
 pub mod library;
 mod queue;
@@ -22,6 +23,7 @@ mod view;
 
 pub use compile::Source;
 pub use device::{Gpu, MemoryInfo};
+pub use event::Event;
 pub use launch::{Arg, Kernel, Launch};
 pub use queue::{Memory, Queue, Scratch, Span, Timer};
 pub use units::DeviceView;

@@ -1,5 +1,7 @@
 //! What can go wrong between ranks. Messages name the rank that speaks, the collective, and the rank that is to blame.
 
+use super::launch::Master;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 use stickbreak_tensor::TensorError;
@@ -37,16 +39,14 @@ pub enum CommunicatorError {
         timeout: Duration,
     },
     /// Ranks that called different collectives, or with different sizes.
-    #[error("rank {rank}: the ranks disagree: rank {rank} calls {mine}, rank {other} calls {theirs}")]
+    #[error("rank {rank}: the ranks disagree: rank {} calls {}, rank {} calls {}", one.0, one.1, other.0, other.1)]
     Disagreement {
         /// Who says this.
         rank: usize,
-        /// What it called.
-        mine: String,
-        /// The first rank that called something else.
-        other: usize,
-        /// What that one called.
-        theirs: String,
+        /// A rank, and what it called.
+        one: (usize, String),
+        /// A rank that called something else, and what.
+        other: (usize, String),
     },
     /// Tensors that a collective cannot take.
     #[error("rank {rank}: {collective}: {why}")]
@@ -68,10 +68,69 @@ pub enum CommunicatorError {
         /// Why.
         source: TensorError,
     },
+    /// A GPU, or the library that connects them.
+    #[error("rank {rank}: {collective}: {why}")]
+    Gpu {
+        /// Who says this.
+        rank: usize,
+        /// Collective that was called.
+        collective: String,
+        /// What the library or the driver says.
+        why: String,
+    },
+    /// The ranks did not find each other.
+    #[error("rank {rank}: rendezvous at {master}: {why}")]
+    Rendezvous {
+        /// Who says this.
+        rank: usize,
+        /// Where they were to meet.
+        master: Master,
+        /// Why not.
+        why: String,
+    },
+}
+
+/// Exit code of a process that failed because another rank did: `EX_TEMPFAIL` of sysexits.h, "try again".
+pub const BECAUSE_OF_ANOTHER_RANK: u8 = 75;
+
+/// The exit code for an error: 1, or [`BECAUSE_OF_ANOTHER_RANK`] if it is only the echo of another rank's failure. So a
+/// launcher can tell who failed first.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    let another = error.chain().any(|cause| match cause.downcast_ref() {
+        Some(CommunicatorError::RankLost { rank, culprit, .. }) => rank != culprit,
+        Some(CommunicatorError::Timeout { rank, missing, .. }) => !missing.0.contains(rank),
+        _ => false,
+    });
+    if another { BECAUSE_OF_ANOTHER_RANK } else { 1 }
+}
+
+/// Why a group of ranks is of no more use; the same for all of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Failure {
+    /// A rank gave up, died or left.
+    Lost { culprit: usize, reason: String },
+    /// Ranks did not come.
+    Missing { culprits: Ranks, timeout: Duration },
+    /// Ranks called different things.
+    Disagreement { one: (usize, String), other: (usize, String) },
+}
+
+impl Failure {
+    /// As the error of a rank in a collective.
+    pub(crate) fn error(&self, rank: usize, collective: &str) -> CommunicatorError {
+        let collective = collective.to_owned();
+        match self.clone() {
+            Failure::Lost { culprit, reason } => CommunicatorError::RankLost { rank, collective, culprit, reason },
+            Failure::Missing { culprits: missing, timeout } => {
+                CommunicatorError::Timeout { rank, collective, missing, timeout }
+            }
+            Failure::Disagreement { one, other } => CommunicatorError::Disagreement { rank, one, other },
+        }
+    }
 }
 
 /// Some ranks, in words: `rank 2`, `ranks 1 and 3`, `ranks 0, 1, 2, 3, 4, 5, 6, 7 and 120 more`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ranks(pub Vec<usize>);
 
 /// More ranks than this are counted instead of named.
@@ -92,6 +151,17 @@ impl fmt::Display for Ranks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn an_error_that_another_rank_caused_has_its_own_exit_code() {
+        let lost = |culprit| Failure::Lost { culprit, reason: "died".into() }.error(2, "x");
+        let code = |error: CommunicatorError| exit_code(&Err::<(), _>(error).context("step 3").unwrap_err());
+        assert_eq!((code(lost(1)), code(lost(2))), (75, 1));
+        let late = |culprit| Failure::Missing { culprits: Ranks(vec![culprit]), timeout: Duration::ZERO }.error(2, "x");
+        assert_eq!((code(late(0)), code(late(2))), (75, 1));
+        assert_eq!(exit_code(&anyhow::anyhow!("a full disk")), 1);
+    }
 
     #[test]
     fn ranks_are_named_and_many_are_counted() {

@@ -3,10 +3,12 @@
 //! It is as strict as the real one: a rank that leaves, panics, aborts or does not come makes the calls of all others fail
 //! and names itself; ranks that call different things are told so. Sums run in the order of the ranks.
 
+use super::error::Failure;
+use super::reduce::{Compute, Gather, Number, Of, Reduce, for_number};
 use super::{Call, Communicator, CommunicatorError, Ranks, Reduction, Result, Ticket};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use stickbreak_tensor::{DType, Device, Element, Tensor};
+use stickbreak_tensor::{Device, Tensor};
 
 /// What the ranks of one process share.
 #[derive(Debug)]
@@ -29,12 +31,6 @@ struct State {
     left: Vec<Option<&'static str>>,
     /// The first failure, which all later calls repeat.
     failure: Option<Failure>,
-}
-
-#[derive(Debug, Clone)]
-enum Failure {
-    Aborted { culprit: usize, reason: String },
-    Missing { culprits: Ranks },
 }
 
 /// What a rank lays down.
@@ -109,22 +105,12 @@ impl LocalCommunicator {
         Call { rank: self.rank, ranks: self.group.ranks, collective, what }
     }
 
-    fn fail(&self, collective: &str, failure: &Failure) -> CommunicatorError {
-        let (rank, collective) = (self.rank, collective.to_owned());
-        match failure.clone() {
-            Failure::Aborted { culprit, reason } => CommunicatorError::RankLost { rank, collective, culprit, reason },
-            Failure::Missing { culprits } => {
-                CommunicatorError::Timeout { rank, collective, missing: culprits, timeout: self.group.timeout }
-            }
-        }
-    }
-
     /// Lays an item down and returns those of all ranks, by rank.
     fn exchange(&self, name: &str, item: Item) -> Result<Arc<Vec<Item>>> {
         let group = &self.group;
         let mut state = group.lock();
         if let Some(failure) = &state.failure {
-            return Err(self.fail(name, failure));
+            return Err(failure.error(self.rank, name));
         }
         let mine = state.exchanges;
         state.laid_down[self.rank] = Some(item);
@@ -138,15 +124,19 @@ impl LocalCommunicator {
         while state.exchanges == mine {
             let absent: Vec<usize> = (0..group.ranks).filter(|&rank| state.laid_down[rank].is_none()).collect();
             if let Some(failure) = &state.failure {
-                return Err(self.fail(name, failure));
+                return Err(failure.error(self.rank, name));
             }
             let gone = absent.iter().find_map(|&culprit| Some((culprit, state.left[culprit]?)));
             if let Some((culprit, how)) = gone {
-                return Err(self.fail_all(state, name, Failure::Aborted { culprit, reason: how.into() }));
+                return Err(self.fail_all(state, name, Failure::Lost { culprit, reason: how.into() }));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(self.fail_all(state, name, Failure::Missing { culprits: Ranks(absent) }));
+                return Err(self.fail_all(
+                    state,
+                    name,
+                    Failure::Missing { culprits: Ranks(absent), timeout: group.timeout },
+                ));
             }
             state = group.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -154,7 +144,7 @@ impl LocalCommunicator {
     }
 
     fn fail_all(&self, mut state: MutexGuard<'_, State>, name: &str, failure: Failure) -> CommunicatorError {
-        let error = self.fail(name, &failure);
+        let error = failure.error(self.rank, name);
         state.failure.get_or_insert(failure);
         self.group.changed.notify_all();
         error
@@ -164,9 +154,9 @@ impl LocalCommunicator {
     fn agree(&self, items: &[Item]) -> Result<()> {
         let mine = &items[self.rank].call;
         let Some(other) = items.iter().position(|item| item.call != *mine) else { return Ok(()) };
-        let (mine, theirs) = (mine.clone(), items[other].call.clone());
-        let error = CommunicatorError::Disagreement { rank: self.rank, mine, other, theirs };
-        let failure = Failure::Aborted { culprit: other, reason: format!("disagreed: {error}") };
+        let called = |rank: usize| (rank, items[rank].call.clone());
+        let failure = Failure::Disagreement { one: called(self.rank), other: called(other) };
+        let error = failure.error(self.rank, mine);
         self.group.lock().failure.get_or_insert(failure);
         Err(error)
     }
@@ -190,14 +180,7 @@ impl LocalCommunicator {
         let item = Item { call: described, content: Content::Tensor(from.clone()) };
         let items = self.exchange(&name, item)?;
         self.agree(&items)?;
-        match from.dtype() {
-            DType::F32 => self.compute::<f32>(&name, &items, to, compute),
-            DType::F64 => self.compute::<f64>(&name, &items, to, compute),
-            DType::BF16 => self.compute::<half::bf16>(&name, &items, to, compute),
-            DType::U32 => self.compute::<u32>(&name, &items, to, compute),
-            DType::I32 => self.compute::<i32>(&name, &items, to, compute),
-            other => Err(call.refuse(format!("elements of {other} are not known here"))),
-        }?;
+        for_number!(from.dtype(), T => self.compute::<T>(&name, &items, to, compute))?;
         Ok(Ticket::done())
     }
 
@@ -269,100 +252,8 @@ impl Communicator for LocalCommunicator {
     }
 
     fn abort(&self, reason: &str) {
-        let failure = Failure::Aborted { culprit: self.rank, reason: format!("gave up: {reason}") };
+        let failure = Failure::Lost { culprit: self.rank, reason: format!("gave up: {reason}") };
         self.group.lock().failure.get_or_insert(failure);
         self.group.changed.notify_all();
-    }
-}
-
-/// What a rank gets, from what all have.
-trait Compute {
-    fn result<T: Number>(&self, values: &[&[T]]) -> Vec<T>;
-}
-
-/// A part of the reduction, in the order of the ranks.
-struct Reduce {
-    reduction: Reduction,
-    part: usize,
-    parts: usize,
-}
-
-impl Compute for Reduce {
-    fn result<T: Number>(&self, values: &[&[T]]) -> Vec<T> {
-        let n = values[0].len() / self.parts;
-        let own = |values: &&[T]| values[self.part * n..][..n].to_vec();
-        let parts: Vec<Vec<T>> = values.iter().map(own).collect();
-        (0..n).map(|i| T::reduced(self.reduction, parts.iter().map(|part| part[i]))).collect()
-    }
-}
-
-/// Everything, one rank behind the other.
-struct Gather;
-
-impl Compute for Gather {
-    fn result<T: Number>(&self, values: &[&[T]]) -> Vec<T> {
-        values.concat()
-    }
-}
-
-/// What one rank has.
-struct Of(usize);
-
-impl Compute for Of {
-    fn result<T: Number>(&self, values: &[&[T]]) -> Vec<T> {
-        values[self.0].to_vec()
-    }
-}
-
-/// An element type that ranks can reduce.
-trait Number: Element {
-    fn reduced(reduction: Reduction, values: impl Iterator<Item = Self>) -> Self;
-}
-
-macro_rules! number {
-    (float $($t:ty, $wide:ty);*) => { $(impl Number for $t {
-        fn reduced(reduction: Reduction, values: impl Iterator<Item = Self>) -> Self {
-            let values = values.map(<$wide>::from);
-            let result = match reduction {
-                Reduction::Sum => values.reduce(|a, b| a + b),
-                // Loses a NaN, as the GPUs' library does.
-                Reduction::Max => values.reduce(<$wide>::max),
-            };
-            <$t>::narrowed(result.unwrap_or_default())
-        }
-    })* };
-    (integer $($t:ty),*) => { $(impl Number for $t {
-        fn reduced(reduction: Reduction, values: impl Iterator<Item = Self>) -> Self {
-            let result = match reduction {
-                Reduction::Sum => values.reduce(<$t>::wrapping_add),
-                Reduction::Max => values.reduce(<$t>::max),
-            };
-            result.unwrap_or_default()
-        }
-    })* };
-}
-number!(float f32, f32; f64, f64; half::bf16, f32);
-number!(integer u32, i32);
-
-/// The way back from the type that sums are taken in.
-trait Narrowed<W> {
-    fn narrowed(wide: W) -> Self;
-}
-
-impl Narrowed<f32> for f32 {
-    fn narrowed(wide: f32) -> Self {
-        wide
-    }
-}
-
-impl Narrowed<f64> for f64 {
-    fn narrowed(wide: f64) -> Self {
-        wide
-    }
-}
-
-impl Narrowed<f32> for half::bf16 {
-    fn narrowed(wide: f32) -> Self {
-        Self::from_f32(wide)
     }
 }

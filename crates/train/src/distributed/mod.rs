@@ -2,21 +2,35 @@
 //!
 //! * A [`Communicator`] is the only thing that the training loop knows of other ranks: collectives on tensors, small
 //!   values on the host, and a way to give up together.
-//! * [`single::Single`] is one rank, [`local::LocalGroup`] ranks as threads of one process, on CPU tensors.
+//! * [`single::Single`] is one rank, [`local::LocalGroup`] ranks as threads of one process, [`nccl`] processes with a GPU
+//!   each, [`host`] processes on CPUs.
+//! * [`launch`] says what started this process and which rank it is; [`connect()`] meets the others;
+//!   [`spawn`] is a launcher of our own.
 //! * [`shards`] cuts the parameter arena for the ranks, [`gradients`] adds up what they have, [`weights`] brings back what
 //!   each has updated: the two halves of a step's communication.
 //!
 //! Every collective has a name (`what`), which a person reads when it fails: the training step gives the bucket, the
 //! error adds the rank, the kind of collective and the rank that is to blame.
 
+mod connect;
+mod control;
 mod error;
+mod frame;
 pub mod gradients;
+pub mod host;
+pub mod launch;
 pub mod local;
+pub mod nccl;
+mod reduce;
+mod rendezvous;
 pub mod shards;
 pub mod single;
+pub mod spawn;
 pub mod weights;
 
-pub use error::{CommunicatorError, Ranks, Result};
+pub use connect::connect;
+pub use control::Timeouts;
+pub use error::{BECAUSE_OF_ANOTHER_RANK, CommunicatorError, Ranks, Result, exit_code};
 
 use std::fmt;
 use stickbreak_tensor::Tensor;
@@ -112,8 +126,6 @@ impl Ticket {
     }
 
     /// Of a collective that may still run.
-    // Its user is the communicator of GPUs.
-    #[expect(dead_code)]
     pub(crate) fn pending(work: Box<dyn Pending>) -> Self {
         Self(Some(work))
     }
