@@ -3,11 +3,10 @@
 
 mod loop_support;
 
-use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use loop_support::{Running, Workspace, assert_same_run, checkpoints, refused, steps, succeed};
+use loop_support::{Running, Workspace, assert_same_run, checkpoints, process_of_rank, refused, steps, succeed};
 
 /// Four sequences a step, two for each rank, and buckets that cut parameters.
 const SHARED: [&str; 2] = ["train.micro_batch=1", "distributed.bucket_bytes=8192"];
@@ -50,16 +49,6 @@ fn a_signal_to_the_launcher_stops_both_with_a_save_and_the_same_command_goes_on(
     assert_eq!(checkpoints(&workspace.path("run")), [format!("step-{stopped:08}")]);
     succeed(&mut two(&workspace, "run", &changes));
     assert_same_run(&whole, &workspace.path("run"), 60);
-}
-
-/// The process of a launcher's rank.
-fn process_of_rank(launcher: u32, rank: usize) -> u32 {
-    let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
-    let is_it = |child: &&str| {
-        let environment = fs::read(format!("/proc/{child}/environ")).unwrap_or_default();
-        environment.split(|&byte| byte == 0).any(|variable| variable == format!("RANK={rank}").as_bytes())
-    };
-    children.split_whitespace().find(is_it).expect("the launcher has a process of this rank").parse().unwrap()
 }
 
 #[test]
