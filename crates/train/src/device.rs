@@ -5,7 +5,7 @@ use clap::Args;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use stickbreak_kernels::cuda::library::{Library, require};
-use stickbreak_kernels::cuda::{Queue, Source, all_sources};
+use stickbreak_kernels::cuda::{Queue, Source, Span, all_sources};
 use stickbreak_model::{AttentionKind, ModelConfig};
 use stickbreak_tensor::{DType, Device};
 
@@ -70,6 +70,46 @@ pub fn queue(device: Device) -> Result<Option<Queue>> {
 /// The product's name of a GPU.
 pub fn gpu_name(device: Device) -> Option<String> {
     queue(device).ok().flatten().map(|queue| queue.gpu().name().to_owned())
+}
+
+/// Stretches in which a GPU's queue waited for something outside of it, such as a collective.
+#[derive(Debug)]
+pub struct Waits {
+    queue: Option<Queue>,
+    spans: Vec<Span>,
+}
+
+impl Waits {
+    /// None yet. On a CPU there are none: whoever waits there is the host.
+    pub fn new(device: Device) -> Self {
+        // A GPU that cannot be used fails where it is used.
+        Self { queue: queue(device).ok().flatten(), spans: Vec::new() }
+    }
+
+    /// None yet, on the same device.
+    pub(crate) fn fresh(&self) -> Self {
+        Self { queue: self.queue.clone(), spans: Vec::new() }
+    }
+
+    /// Runs `wait`, which orders the queue behind something, and notes how long the queue stands still for it.
+    ///
+    /// # Errors
+    /// Those of `wait`, or if the driver fails.
+    pub fn measure(&mut self, wait: impl FnOnce() -> Result<()>) -> Result<()> {
+        let timer = self.queue.as_ref().map(Queue::timer).transpose()?;
+        wait()?;
+        self.spans.extend(timer.map(|timer| timer.stop()).transpose()?);
+        Ok(())
+    }
+
+    /// Their sum in milliseconds, `None` on a CPU. Waits for the last one to be over.
+    ///
+    /// # Errors
+    /// If work failed.
+    pub fn milliseconds(&self) -> Result<Option<f64>> {
+        let sum = || self.spans.iter().try_fold(0.0, |sum, span| Ok(sum + span.milliseconds()?));
+        self.queue.as_ref().map(|_| sum()).transpose()
+    }
 }
 
 /// Compiles and loads, in parallel, the kernels that a model will use, so that no step waits for a compiler. Does nothing

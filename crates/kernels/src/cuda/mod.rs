@@ -25,7 +25,7 @@ pub use compile::Source;
 pub use device::{Gpu, MemoryInfo};
 pub use event::Event;
 pub use launch::{Arg, Kernel, Launch};
-pub use queue::{Memory, Queue, Scratch, Timer};
+pub use queue::{Memory, Queue, Scratch, Span, Timer};
 pub use units::DeviceView;
 pub use view::{DeviceElement, DeviceMut, DeviceRef, DeviceType, check};
 

@@ -300,4 +300,32 @@ impl Timer {
         let end = end.map_err(driver("recording an event"))?;
         Ok(f64::from(self.start.elapsed_ms(&end).map_err(driver("measuring time"))?))
     }
+
+    /// Ends the measurement at this point of the queue; nobody waits.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn stop(self) -> Result<Span> {
+        self.queue.gpu().bind()?;
+        let end = self.queue.stream().record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
+        Ok(Span { end: end.map_err(driver("recording an event"))?, timer: self })
+    }
+}
+
+/// A stretch of a queue's time, to be asked for later.
+#[derive(Debug)]
+pub struct Span {
+    timer: Timer,
+    end: CudaEvent,
+}
+
+impl Span {
+    /// Milliseconds from its start to its end; waits for the end.
+    ///
+    /// # Errors
+    /// If work failed.
+    pub fn milliseconds(&self) -> Result<f64> {
+        self.timer.queue.gpu().bind()?;
+        Ok(f64::from(self.timer.start.elapsed_ms(&self.end).map_err(driver("measuring time"))?))
+    }
 }

@@ -6,6 +6,8 @@
 //!   each, [`host`] processes on CPUs.
 //! * [`launch`] says what started this process and which rank it is; [`connect()`] meets the others;
 //!   [`spawn`] is a launcher of our own.
+//! * [`shards`] cuts the parameter arena for the ranks, [`gradients`] adds up what they have, [`weights`] brings back what
+//!   each has updated: the two halves of a step's communication.
 //!
 //! Every collective has a name (`what`), which a person reads when it fails: the training step gives the bucket, the
 //! error adds the rank, the kind of collective and the rank that is to blame.
@@ -14,14 +16,17 @@ mod connect;
 mod control;
 mod error;
 mod frame;
+pub mod gradients;
 pub mod host;
 pub mod launch;
 pub mod local;
 pub mod nccl;
 mod reduce;
 mod rendezvous;
+pub mod shards;
 pub mod single;
 pub mod spawn;
+pub mod weights;
 
 pub use connect::connect;
 pub use control::Timeouts;
