@@ -116,6 +116,15 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// Whether a rank is to blame, or among those that are.
+    pub(crate) fn is_by(&self, rank: usize) -> bool {
+        match self {
+            Failure::Lost { culprit, .. } => *culprit == rank,
+            Failure::Missing { culprits, .. } => culprits.0.contains(&rank),
+            Failure::Disagreement { one, other } => [one.0, other.0].contains(&rank),
+        }
+    }
+
     /// As the error of a rank in a collective.
     pub(crate) fn error(&self, rank: usize, collective: &str) -> CommunicatorError {
         let collective = collective.to_owned();

@@ -6,6 +6,7 @@
 //!   each, [`host`] processes on CPUs.
 //! * [`launch`] says what started this process and which rank it is; [`connect()`] meets the others;
 //!   [`spawn`] is a launcher of our own.
+//! * [`plan`] says what a run on many GPUs will need, and [`cost`] predicts its speed.
 //! * [`shards`] cuts the parameter arena for the ranks, [`gradients`] adds up what they have, [`weights`] brings back what
 //!   each has updated: the two halves of a step's communication.
 //!
@@ -14,6 +15,7 @@
 
 mod connect;
 mod control;
+pub mod cost;
 mod error;
 mod frame;
 pub mod gradients;
@@ -21,6 +23,7 @@ pub mod host;
 pub mod launch;
 pub mod local;
 pub mod nccl;
+pub mod plan;
 mod reduce;
 mod rendezvous;
 pub mod shards;

@@ -130,25 +130,32 @@ impl NcclCommunicator {
         if tensors[0].elements() == 0 {
             return Ok(Ticket::done());
         }
+        let list = || outstanding.lock().unwrap_or_else(PoisonError::into_inner);
         let number = control.count_collective();
+        list().push(number, name.clone());
         self.communicating.wait_for(&self.computing.mark().map_err(gpu)?).map_err(gpu)?;
         let stream = self.communicating.stream().cu_stream().cast();
-        // SAFETY: the caller's promise about the addresses; the ticket keeps the tensors until the computing queue, in
-        // whose order their memory is used and freed, waits for the collective.
+        // Until the computing queue, in whose order memory is used and freed, waits for the collective; for ever if that
+        // cannot be arranged any more.
+        let kept = tensors.map(Clone::clone);
+        // SAFETY: the caller's promise about the addresses, and `kept`.
         unsafe { raw.start(work, tensors[0].dtype(), stream) }.map_err(refuse)?;
-        // Most often it is begun at once; connections that are made at first use take a while.
-        wait_until_begun(raw, control, &name, *timeout).map_err(refuse)?;
-        let over = Arc::new(self.communicating.mark().map_err(gpu)?);
-        let mut outstanding = outstanding.lock().unwrap_or_else(PoisonError::into_inner);
-        outstanding.push(number, name.clone(), Arc::clone(&over));
-        drop(outstanding);
-        Ok(Ticket::pending(Box::new(UnderWay {
-            watched: Arc::clone(&self.watched),
-            computing: self.computing.clone(),
-            over,
-            _tensors: tensors.map(Clone::clone),
-            name,
-        })))
+        // Most often it is begun at once. Connections that are made at first use need the other ranks, and the watchdog
+        // knows whom to blame before this time is over.
+        let begun = wait_until_begun(raw, control, 2 * *timeout);
+        match begun.and_then(|()| self.communicating.mark().map_err(|error| error.to_string())) {
+            Ok(mark) => {
+                let over = Arc::new(mark);
+                list().begun(number, Arc::clone(&over));
+                let (watched, computing) = (Arc::clone(&self.watched), self.computing.clone());
+                Ok(Ticket::pending(Box::new(UnderWay { watched, computing, over, tensors: kept, name })))
+            }
+            Err(why) => {
+                std::mem::forget(kept);
+                control.check(&name)?;
+                Err(refuse(why))
+            }
+        }
     }
 }
 
@@ -160,7 +167,7 @@ fn connect_device(
     timeout: Duration,
 ) -> std::result::Result<Raw, String> {
     let raw = Raw::begin(nccl, id, control.rank(), control.ranks())?;
-    let connected = wait_until_begun(&raw, control, "the start", timeout);
+    let connected = wait_until_begun(&raw, control, timeout);
     if let Err(why) = connected {
         raw.abort();
         return Err(why);
@@ -169,12 +176,12 @@ fn connect_device(
 }
 
 /// Waits until NCCL has begun what it was asked for, while the group holds.
-fn wait_until_begun(raw: &Raw, control: &Control, name: &str, timeout: Duration) -> std::result::Result<(), String> {
+fn wait_until_begun(raw: &Raw, control: &Control, timeout: Duration) -> std::result::Result<(), String> {
     let end = Instant::now() + timeout;
     let mut pause = Duration::from_micros(10);
     while !raw.status()? {
-        if let Err(error) = control.check(name) {
-            return Err(error.to_string());
+        if control.failure().is_some() {
+            return Err("another rank failed".to_owned());
         }
         if Instant::now() > end {
             return Err(format!("NCCL did not begin within {:.1} s", timeout.as_secs_f64()));
@@ -276,19 +283,20 @@ struct UnderWay {
     watched: Arc<Watched>,
     computing: Queue,
     over: Arc<Event>,
-    /// Their memory goes back, in the order of the computing queue, only once that waits for the collective.
-    _tensors: [Tensor; 2],
+    tensors: [Tensor; 2],
     name: String,
 }
 
 impl Pending for UnderWay {
     fn join(self: Box<Self>) -> Result<()> {
-        let Watched { control, .. } = &*self.watched;
-        self.computing.wait_for(&self.over).map_err(|error| CommunicatorError::Gpu {
-            rank: control.rank(),
-            collective: self.name.clone(),
-            why: error.to_string(),
-        })?;
-        control.check(&self.name)
+        let Self { watched, computing, over, tensors, name } = *self;
+        let control = &watched.control;
+        if let Err(error) = computing.wait_for(&over) {
+            // Their memory must not go back while the collective may still use it.
+            std::mem::forget(tensors);
+            let (rank, why) = (control.rank(), error.to_string());
+            return Err(CommunicatorError::Gpu { rank, collective: name, why });
+        }
+        control.check(&name)
     }
 }

@@ -95,6 +95,11 @@ fn on_gpu(config: &RunConfig, dtype: DType, ranks: usize) -> Vec<(&'static str, 
     ]
 }
 
+/// What a run in bf16 needs of each of so many GPUs, by purpose: the terms of the check before a run.
+pub(crate) fn gpu_memory_terms(config: &RunConfig, ranks: usize) -> Vec<(&'static str, u64)> {
+    on_gpu(config, DType::BF16, ranks)
+}
+
 /// Bytes of one layer's attention state: a float32 a query and head, and for stick-breaking the sticks.
 fn attention_state(model: &ModelConfig, tokens: u64, size: u64) -> u64 {
     let (heads, kv_heads, d) = (model.num_heads as u64, model.kv_heads() as u64, model.head_dim() as u64);

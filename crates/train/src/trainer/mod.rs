@@ -37,7 +37,7 @@ use std::time::{Duration, Instant};
 use stickbreak_model::{Sampling, Transformer, count};
 use stickbreak_tensor::{DType, Device};
 
-pub(crate) use memory::available_memory;
+pub(crate) use memory::{available_memory, gpu_memory_terms};
 pub use snapshot::program_version;
 pub use text::{Text, tokenizer_choice};
 

@@ -30,10 +30,10 @@ const LAST_ACTS: Duration = Duration::from_secs(5);
 /// Time for collectives of which a rank that left had its part.
 const AFTER_GOODBYE: Duration = Duration::from_secs(10);
 
-/// Collectives under way, oldest first. `M` is what marks the end of one.
+/// Collectives under way, oldest first. `M` is what marks the end of one, once it has begun.
 #[derive(Debug)]
 pub(super) struct Outstanding<M> {
-    list: VecDeque<(u64, String, M)>,
+    list: VecDeque<(u64, String, Option<M>)>,
     /// Since when the first has been the oldest.
     since: Instant,
 }
@@ -43,16 +43,24 @@ impl<M> Outstanding<M> {
         Self { list: VecDeque::new(), since: Instant::now() }
     }
 
-    pub(super) fn push(&mut self, number: u64, name: String, mark: M) {
+    /// A collective is about to be begun.
+    pub(super) fn push(&mut self, number: u64, name: String) {
         if self.list.is_empty() {
             self.since = Instant::now();
         }
-        self.list.push_back((number, name, mark));
+        self.list.push_back((number, name, None));
+    }
+
+    /// It has begun, and will have ended at the mark.
+    pub(super) fn begun(&mut self, number: u64, mark: M) {
+        if let Some((_, _, end)) = self.list.iter_mut().rev().find(|(known, ..)| *known == number) {
+            *end = Some(mark);
+        }
     }
 
     /// Takes away what is over.
     pub(super) fn settle<E>(&mut self, is_over: impl Fn(&M) -> Result<bool, E>) -> Result<(), E> {
-        while let Some((_, _, mark)) = self.list.front() {
+        while let Some((_, _, Some(mark))) = self.list.front() {
             if !is_over(mark)? {
                 break;
             }
@@ -147,7 +155,7 @@ impl Watched {
 
     /// Ends this process, unless the main thread does it by itself.
     fn end(&self, failure: &Failure) {
-        let own = matches!(failure, Failure::Lost { culprit, .. } if *culprit == self.control.rank());
+        let own = failure.is_by(self.control.rank());
         let end = Instant::now() + if own { OWN_END_OF_CULPRIT } else { OWN_END };
         while Instant::now() < end {
             if self.closing.load(Ordering::Acquire) {
@@ -182,7 +190,10 @@ mod tests {
         };
         assert!(outstanding.oldest().is_none());
         for mark in 0..3 {
-            outstanding.push(mark as u64 + 7, format!("bucket {mark}"), mark);
+            outstanding.push(mark as u64 + 7, format!("bucket {mark}"));
+            settle(&mut outstanding);
+            assert_eq!(outstanding.oldest().unwrap().0, 7, "what has not begun is not over");
+            outstanding.begun(mark as u64 + 7, mark);
         }
         // The second being over does not help: they end in order.
         over[1].set(true);
@@ -199,12 +210,8 @@ mod tests {
         over[2].set(true);
         settle(&mut outstanding);
         assert!(outstanding.oldest().is_none());
-        assert_eq!(
-            {
-                outstanding.push(1, "x".into(), 0);
-                outstanding.settle(|_| Err("no device"))
-            },
-            Err("no device")
-        );
+        outstanding.push(1, "x".into());
+        outstanding.begun(1, 0);
+        assert_eq!(outstanding.settle(|_| Err("no device")), Err("no device"));
     }
 }
