@@ -81,6 +81,8 @@ fn the_same_run_twice_has_the_same_bits_with_any_number_of_ranks() {
     for ranks in [2, 3] {
         let run = |name: &str| workspace.train_together(&format!("{name}-{ranks}"), &changes(&[]), ranks);
         assert_same_run(&run("once"), &run("twice"), 12);
+        // Once more there is nothing to do, and nothing is added.
+        assert_same_run(&run("once"), &workspace.path(&format!("twice-{ranks}")), 12);
     }
 }
 

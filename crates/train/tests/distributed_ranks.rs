@@ -229,6 +229,37 @@ fn rewrite_manifest(folder: &Path) {
 }
 
 #[test]
+fn ranks_that_start_from_other_weights_or_data_are_refused_by_name() {
+    let workspace = Workspace::new();
+    let all = changes(&["train.steps=2"]);
+    workspace.train("a", &all);
+    workspace.train("b", &[&all[..], &["optimizer.learning_rate=1e-3"]].concat());
+    // Two machines with a folder of the same name that is not the same folder.
+    let refused = |folders: [&str; 2], changes: [&[&str]; 2]| {
+        let open = |communicator: Arc<dyn Communicator>| {
+            let rank = communicator.rank();
+            let options = TrainerOptions { communicator, ..TrainerOptions::default() };
+            let (config, folder) = (workspace.config(changes[rank]), workspace.path(folders[rank]));
+            format!("{:#}", Trainer::open_with(config, &folder, StopFlag::new(), options).err().unwrap())
+        };
+        LocalGroup::run(2, TIMEOUT, open).into_iter().map(Result::unwrap).collect::<Vec<_>>()
+    };
+    for error in refused(["a", "b"], [&all, &all]) {
+        assert!(error.contains("rank 1 starts from other weights than rank 0"), "{error}");
+    }
+    let error = &refused(["a", "nowhere"], [&all, &all])[1];
+    assert!(error.contains("rank 1 cannot read") && error.contains("nowhere/checkpoints"), "{error}");
+    let text = workspace.path("other.txt");
+    fs::write(&text, loop_support::sentences(900, 7)).unwrap();
+    let (inputs, folder) =
+        (format!("data.inputs=[{text:?}]"), format!("data.folder={:?}", workspace.path("other-data")));
+    let other = [&all[..], &[inputs.as_str(), folder.as_str()]].concat();
+    for error in refused(["c", "c"], [&all, &other]) {
+        assert!(error.contains("rank 1 has other data than rank 0"), "{error}");
+    }
+}
+
+#[test]
 fn a_batch_that_ranks_cannot_share_is_refused_with_both_numbers() {
     let workspace = Workspace::new();
     for result in workspace.train_ranks("run", &[], 3) {

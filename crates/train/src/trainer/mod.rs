@@ -208,6 +208,7 @@ impl Trainer {
                 trainer.optimizer.take_master(&trainer.model)?;
             }
         }
+        ranks::agree_on_weights(&*trainer.communicator, &trainer.model)?;
         if leads {
             let resolved = format!("# {}\n{}", program_version(), trainer.config.to_toml());
             crate::checkpoint::write_atomically(&folder.join("config.toml"), resolved.as_bytes())

@@ -5,6 +5,7 @@ use crate::distributed::Communicator;
 use crate::distributed::shards::intersection;
 use anyhow::{Result, bail};
 use stickbreak_autograd::ParameterId;
+use stickbreak_model::Transformer;
 use stickbreak_tensor::Tensor;
 
 /// A number in the place of an index where there is none.
@@ -28,6 +29,24 @@ pub(super) fn agree_on_data(communicator: &dyn Communicator, fingerprint: &str) 
             "rank {rank} has other data than rank 0: checksums {:012x} and {:012x}. All ranks need the same prepared data",
             told[rank][0] as u64,
             told[0][0] as u64
+        ),
+        None => Ok(()),
+    }
+}
+
+/// Refuses to start from different weights: another folder under the same name on another machine, or a processor that
+/// draws other numbers. Sums of squares are compared, to the bit.
+pub(super) fn agree_on_weights(communicator: &dyn Communicator, model: &Transformer) -> Result<()> {
+    if communicator.ranks() == 1 {
+        return Ok(());
+    }
+    let told = communicator.gather_values("sum of the squared weights", &[model.arena().values().sum_of_squares()?])?;
+    match told.iter().position(|values| values[0].to_bits() != told[0][0].to_bits()) {
+        Some(rank) => bail!(
+            "rank {rank} starts from other weights than rank 0: the sums of their squares are {} and {}. All ranks need the \
+             same run folder, and machines that compute alike",
+            told[rank][0],
+            told[0][0]
         ),
         None => Ok(()),
     }
