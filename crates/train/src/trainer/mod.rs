@@ -5,12 +5,14 @@
 //! comes before an evaluation, so that an evaluation that dies loses nothing.
 
 mod memory;
+mod notes;
+mod opening;
 mod ranks;
 mod saving;
 mod snapshot;
 mod text;
 
-use crate::checkpoint::{Checkpoint, CheckpointStore, Disk, KeepPolicy, RealDisk};
+use crate::checkpoint::{CheckpointStore, Disk, RealDisk};
 use crate::config::{ComputeType, NonFinite, RunConfig};
 use crate::console::Console;
 use crate::data::{Batch, Cursor, Prefetch, Share};
@@ -28,9 +30,11 @@ use crate::schedule::learning_rate_factor;
 use crate::signal::StopFlag;
 use crate::step::{self, StepOutcome, StepSettings};
 use anyhow::{Context, Result, bail};
-use saving::{Progress, Save};
+use notes::{HeardNotes, Notes, valid_tokens};
+use opening::{make_folder, measured_steps, open_store, open_text};
+use saving::Save;
 use std::collections::HashMap;
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -111,9 +115,6 @@ impl Default for TrainerOptions {
         Self { device: Device::Cpu, disk: Arc::new(RealDisk), profile: false, communicator: Arc::new(Single) }
     }
 }
-
-/// Kinds of metrics that are made once for a step and not again after a resume.
-const MEASURED_ONCE: [&str; 5] = ["valid", "sample", "length", "attention", "memory"];
 
 /// Batches skipped in a row that end a run even with `non_finite = "skip"`.
 const MOST_SKIPPED: u32 = 10;
@@ -611,127 +612,6 @@ impl Trainer {
             self.record(Record::Memory(metrics))?;
         }
         Ok(())
-    }
-}
-
-/// What a rank tells the others with a step's loss.
-struct Notes {
-    /// Predicted tokens of its part of the next step.
-    next_tokens: f64,
-    /// Whether its process was asked to stop.
-    stop: f64,
-    /// Of a save that is under way.
-    progress: Progress,
-    /// Arithmetic of its part of this step, in flop.
-    flops: f64,
-}
-
-/// The same, as it was heard.
-struct HeardNotes {
-    next_tokens: f64,
-    stop: f64,
-    progress: f64,
-    flops: f64,
-}
-
-/// Notes may travel as float32, which holds whole numbers up to 2^24: tokens are told in two parts.
-const TOKENS_PART: f64 = 4096.0;
-
-impl Notes {
-    fn to_values(&self) -> Vec<f64> {
-        let thousands = (self.next_tokens / TOKENS_PART).floor();
-        vec![
-            thousands,
-            self.next_tokens - TOKENS_PART * thousands,
-            self.stop,
-            f64::from(self.progress as u8),
-            self.flops,
-        ]
-    }
-}
-
-impl HeardNotes {
-    fn new(values: &[f64]) -> Self {
-        let [thousands, rest, stop, progress, flops] = values[..] else { unreachable!("every rank tells five values") };
-        Self { next_tokens: TOKENS_PART * thousands + rest, stop, progress, flops }
-    }
-}
-
-/// Predicted tokens of a rank's part of a step, none of no part.
-fn valid_tokens(batches: Option<&[Batch]>) -> f64 {
-    batches.unwrap_or_default().iter().map(|batch| batch.valid_tokens as f64).sum()
-}
-
-/// The run's data, which the leading rank prepares before the others open it.
-fn open_text(config: &RunConfig, communicator: &dyn Communicator) -> Result<Text> {
-    let leads = communicator.rank() == 0;
-    let first = leads.then(|| Text::open(config)).transpose()?;
-    communicator.barrier("rank 0 opens or prepares the data")?;
-    let text = first.map_or_else(|| Text::open(config), Ok)?;
-    ranks::agree_on_data(communicator, &text.fingerprint)?;
-    Ok(text)
-}
-
-fn make_folder(folder: &Path) -> Result<File> {
-    std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    lock(folder)
-}
-
-/// The run's checkpoints, and the one to go on from, which the leading rank looks for.
-fn open_store(
-    config: &RunConfig,
-    folder: &Path,
-    disk: Arc<dyn Disk>,
-    communicator: &dyn Communicator,
-) -> Result<(CheckpointStore, Option<Checkpoint>)> {
-    let keep = KeepPolicy {
-        last: config.checkpoint.keep_last,
-        every: (config.checkpoint.keep_every > 0).then_some(config.checkpoint.keep_every),
-    };
-    let root = folder.join("checkpoints");
-    let rank = communicator.rank();
-    if rank > 0 {
-        let told = communicator.gather_values("the checkpoint to go on from", &[])?;
-        let store = CheckpointStore::attach(root, keep, disk);
-        let step = told[0].first().map(|&step| step as u64);
-        let checkpoint = step.map(|step| store.open_step_unread(step)).transpose().with_context(|| {
-            format!(
-                "rank 0 goes on from a checkpoint that rank {rank} cannot read: all ranks need the same {}",
-                folder.display()
-            )
-        })?;
-        return Ok((store, checkpoint));
-    }
-    let store = CheckpointStore::open_on(root, keep, disk)?;
-    let checkpoint = store.latest_valid()?;
-    if let (None, Some(step)) = (&checkpoint, store.steps()?.last()) {
-        bail!(
-            "{} has checkpoints up to step {step}, but none of them is valid (see the warnings above); \
-             move them away to start from the beginning",
-            store.root().display()
-        );
-    }
-    let step: Vec<f64> = checkpoint.iter().map(|checkpoint| checkpoint.step() as f64).collect();
-    communicator.gather_values("the checkpoint to go on from", &step)?;
-    Ok((store, checkpoint))
-}
-
-/// What the metrics have already, as the leading rank knows.
-fn measured_steps(metrics: Option<&RunMetrics>, communicator: &dyn Communicator) -> Result<HashMap<&'static str, u64>> {
-    let last = |kind: &str| metrics.and_then(|metrics| metrics.last_step(kind)).map_or(-1.0, |step| step as f64);
-    let told = communicator.gather_values("what is measured already", &MEASURED_ONCE.map(last))?;
-    let known = std::iter::zip(MEASURED_ONCE, &told[0]).filter(|(_, step)| **step >= 0.0);
-    Ok(known.map(|(kind, &step)| (kind, step as u64)).collect())
-}
-
-/// Two processes in one folder would tear each other's metrics and checkpoints.
-fn lock(folder: &Path) -> Result<File> {
-    let path = folder.join(".lock");
-    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!("another process is training in {}", folder.display()),
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }
 }
 
