@@ -310,11 +310,13 @@ pub struct DistributedConfig {
     pub bucket_bytes: usize,
     /// Type that gradients are sent in.
     pub gradient_dtype: GradientType,
+    /// A collective that takes longer has hung: all ranks end, and name those that did not come.
+    pub timeout_seconds: u64,
 }
 
 impl Default for DistributedConfig {
     fn default() -> Self {
-        Self { bucket_bytes: 64 << 20, gradient_dtype: GradientType::F32 }
+        Self { bucket_bytes: 64 << 20, gradient_dtype: GradientType::F32, timeout_seconds: 600 }
     }
 }
 
@@ -463,6 +465,9 @@ impl RunConfig {
         }
         if train.log_every == 0 {
             bail!("train.log_every = 0 must be 1 or more");
+        }
+        if self.distributed.timeout_seconds == 0 {
+            bail!("distributed.timeout_seconds = 0 must be 1 or more");
         }
         let fractions = [
             ("schedule.final_fraction", self.schedule.final_fraction),

@@ -468,7 +468,7 @@ mod tests {
         for (ranges, part) in [
             (&[0..64, 65..128][..], "65..128 of 1.safetensors should start at 64"),
             (&[0..64, 63..128][..], "should start at 64"),
-            (&[0..64][..], "end at 64, but the model has 128"),
+            (&[0..64, 64..96][..], "end at 96, but the model has 128"),
             (&[][..], "end at 0"),
         ] {
             let error = check_complete(&shards(ranges), 128).unwrap_err().to_string();

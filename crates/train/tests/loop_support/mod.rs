@@ -178,12 +178,17 @@ impl Workspace {
         format!("{:#}", opened.and_then(|mut trainer| trainer.run()).expect_err("must fail"))
     }
 
-    /// `stickbreak train` on this configuration.
+    /// `stickbreak train` on this configuration, on the CPU.
     pub fn command(&self, name: &str, changes: &[&str]) -> Command {
-        let mut command = stickbreak();
-        command.arg("train").arg(self.path("run.toml")).arg("--out").arg(self.path(name)).args(["--threads", "1"]);
         // Also where there is a GPU: these tests compare bits with runs of this process.
-        command.args(["--device", "cpu"]);
+        self.command_on("cpu", name, changes)
+    }
+
+    /// [`Self::command`] on a device.
+    pub fn command_on(&self, device: &str, name: &str, changes: &[&str]) -> Command {
+        let mut command = stickbreak();
+        command.arg("train").arg(self.path("run.toml")).arg("--out").arg(self.path(name));
+        command.args(["--threads", "1", "--device", device]);
         for change in changes {
             command.args(["--set", change]);
         }
@@ -253,6 +258,16 @@ impl Running {
     }
 }
 
+/// The process of a launcher's rank.
+pub fn process_of_rank(launcher: u32, rank: usize) -> u32 {
+    let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
+    let is_it = |child: &&str| {
+        let environment = fs::read(format!("/proc/{child}/environ")).unwrap_or_default();
+        environment.split(|&byte| byte == 0).any(|variable| variable == format!("RANK={rank}").as_bytes())
+    };
+    children.split_whitespace().find(is_it).expect("the launcher has a process of this rank").parse().unwrap()
+}
+
 /// Asks the run to stop while it writes the first file of a checkpoint.
 pub struct StopInSave(pub StopFlag);
 
@@ -291,6 +306,8 @@ pub fn records(run: &Path) -> Vec<Record> {
     for record in &mut records {
         if let Record::Train(train) = record {
             (train.tokens_per_second, train.milliseconds, train.peak_memory_bytes) = (0.0, 0.0, None);
+            (train.device_milliseconds, train.host_milliseconds, train.exposed_milliseconds) = (None, None, None);
+            train.mfu = None;
         }
     }
     records
