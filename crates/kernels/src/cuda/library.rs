@@ -86,7 +86,8 @@ fn folders(library: Library) -> Vec<PathBuf> {
             .collect();
         pythons.sort();
         for python in pythons {
-            folders.extend(["site-packages", "dist-packages"].map(|packages| python.join(packages).join(package)));
+            let packages = ["site-packages", "dist-packages"].map(|packages| python.join(packages));
+            folders.extend(packages.into_iter().filter(|folder| folder.exists()).map(|folder| folder.join(package)));
         }
     }
     folders.extend(["/usr/local/cuda/lib64", "/usr/local/cuda-13/lib64", "/opt/cuda/lib64"].map(PathBuf::from));
@@ -179,9 +180,10 @@ mod tests {
         let nccl: Vec<String> = folders(Library::Nccl).iter().map(|folder| folder.display().to_string()).collect();
         assert!(nccl.iter().any(|folder| folder == "/usr/lib/x86_64-linux-gnu"), "{nccl:?}");
         for python in std::fs::read_dir("/usr/local/lib").into_iter().flatten().flatten() {
-            let name = python.file_name().to_string_lossy().into_owned();
-            let package = format!("/usr/local/lib/{name}/dist-packages/nvidia/nccl/lib");
-            assert_eq!(nccl.contains(&package), name.starts_with("python"), "{package}: {nccl:?}");
+            let packages = python.path().join("dist-packages");
+            let is_python = python.file_name().to_string_lossy().starts_with("python") && packages.exists();
+            let package = packages.join("nvidia/nccl/lib").display().to_string();
+            assert_eq!(nccl.contains(&package), is_python, "{package}: {nccl:?}");
         }
         assert!(!folders(Library::CublasLt).iter().any(|folder| folder.ends_with("nccl/lib")));
     }
