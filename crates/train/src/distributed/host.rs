@@ -1,4 +1,4 @@
-//! Ranks as processes that compute on CPUs: collectives over the [control plane](super::control).
+//! Ranks as processes that compute on CPUs: collectives over the control plane (`control.rs`).
 //!
 //! Every collective sends all tensors to rank 0 and back, and each rank takes from them what is its own: made for trying
 //! a launcher, and for tests of what several processes do when one of them dies, not for speed. Results are the same bits

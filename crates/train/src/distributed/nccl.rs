@@ -2,7 +2,7 @@
 //!
 //! A collective starts behind the work that the computing queue holds, and its ticket lets that queue's later work wait for
 //! it; both by marks on the device, so the host goes on. What the host waits for (values, barriers) goes over the
-//! [control plane](super::control), and a [watchdog] ends the process if the group breaks.
+//! control plane (`control.rs`), and a watchdog (`nccl/watchdog.rs`) ends the process if the group breaks.
 
 #![allow(unsafe_code)]
 

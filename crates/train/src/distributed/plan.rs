@@ -192,9 +192,26 @@ mod tests {
             near(2, 2.0 * billions);
             near(3, 12.0 * billions / gpus as f64);
             near(4, 4.0 * billions);
-            near(8, cells[2..8].iter().sum());
+            // Six terms, each rounded to a hundredth.
+            let sum: f64 = cells[2..8].iter().sum();
+            assert!((cells[8] - sum).abs() < 0.036, "{gpus} GPUs: {} is not {sum}", cells[8]);
         }
         assert!(text.contains("PREDICTED") && text.contains("assumed") && text.contains("measured"));
+    }
+
+    #[test]
+    fn the_guides_tables_are_what_is_printed() {
+        let guide = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/distributed.md");
+        let guide = std::fs::read_to_string(guide).unwrap();
+        let text = plan(&config(), 1024, &Cluster::default()).unwrap();
+        for gpus in [8, 64, 1024] {
+            let terms = row(&text, "Memory", gpus)[2..9].iter().map(|cell| format!("{cell:.2}")).collect::<Vec<_>>();
+            let line = format!("| {gpus} | {} |", terms.join(" | "));
+            assert!(guide.contains(&line), "{line}");
+            let cells = row(&text, "Speed", gpus);
+            let line = format!("| {:.1} | {:.0} | {:.1}% |", cells[6], cells[7], cells[10]);
+            assert!(guide.contains(&line), "{line}");
+        }
     }
 
     #[test]
