@@ -22,7 +22,7 @@ pub fn checkpoint<'t>(
     inputs: &[&Var<'t>],
     segment: impl for<'i> Fn(&'i Tape, &[Var<'i>]) -> Result<Var<'i>> + 'static,
 ) -> Result<Var<'t>> {
-    let scratch = Tape::without_gradients();
+    let scratch = Tape::without_gradients().with_before_use(tape.before_use());
     let constants: Vec<Var<'_>> = inputs.iter().map(|v| scratch.constant(v.value().clone())).collect();
     let output = segment(&scratch, &constants)?.value().clone();
     // The parameters are inputs of the op too: the tape counts uses to know when a gradient is complete.

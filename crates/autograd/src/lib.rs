@@ -24,6 +24,6 @@ pub mod var;
 
 pub use checkpoint::checkpoint;
 pub use error::{AutogradError, Result};
-pub use parameter::{ArenaBuilder, Parameter, ParameterArena, ParameterId};
-pub use tape::{Gradients, Op, OutputGradients, Sink, Tape};
+pub use parameter::{ALIGNMENT, ArenaBuilder, ArenaEntry, ArenaLayout, Parameter, ParameterArena, ParameterId};
+pub use tape::{BeforeUse, Gradients, Op, OutputGradients, Sink, Tape};
 pub use var::Var;

@@ -43,8 +43,24 @@ pub struct ParameterArena {
     entries: Vec<ArenaEntry>,
     values: Tensor,
     gradients: Tensor,
-    /// The same tensor as `values` unless those are bfloat16.
+    /// The same tensor as `values` unless those are bfloat16; the same as `gradients` if it is only lent.
     master: Tensor,
+}
+
+/// What an arena has beyond its parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ArenaLayout {
+    /// The arena's length is a multiple of this many elements, so that ranks can have equal parts of it.
+    pub length_multiple: usize,
+    /// Whether float32 master values are kept beside bfloat16 ones. Without, their place is lent by the gradients: what
+    /// is written there as master counts until gradients are summed, and is to be taken out before by who keeps a part.
+    pub keeps_master: bool,
+}
+
+impl Default for ArenaLayout {
+    fn default() -> Self {
+        Self { length_multiple: 1, keeps_master: true }
+    }
 }
 
 /// Collects names and shapes, then allocates the arena.
@@ -56,7 +72,7 @@ pub struct ArenaBuilder {
 
 /// Parameters start at multiples of this many elements, so that vector loads and bulk copies stay aligned on a GPU.
 /// The gap elements are zero and stay zero under AdamW.
-const ALIGNMENT: usize = 64;
+pub const ALIGNMENT: usize = 64;
 
 impl ArenaBuilder {
     /// Reserves room for a parameter.
@@ -78,10 +94,23 @@ impl ArenaBuilder {
     /// # Errors
     /// If the device cannot be used, has not the memory, or does not compute in `dtype`.
     pub fn build_on(self, dtype: DType, device: Device) -> Result<ParameterArena> {
+        self.build_with(dtype, device, ArenaLayout::default())
+    }
+
+    /// [`build_on`](Self::build_on) for an arena of which ranks share the work.
+    ///
+    /// # Errors
+    /// As [`build_on`](Self::build_on).
+    pub fn build_with(self, dtype: DType, device: Device, layout: ArenaLayout) -> Result<ParameterArena> {
         let sums = if dtype == DType::BF16 { DType::F32 } else { dtype };
-        let values = Tensor::zeros_on([self.length], dtype, device)?;
-        let gradients = Tensor::zeros_on([self.length], sums, device)?;
-        let master = if sums == dtype { values.clone() } else { Tensor::zeros_on([self.length], sums, device)? };
+        let length = self.length.next_multiple_of(layout.length_multiple.max(1));
+        let values = Tensor::zeros_on([length], dtype, device)?;
+        let gradients = Tensor::zeros_on([length], sums, device)?;
+        let master = match (sums == dtype, layout.keeps_master) {
+            (true, _) => values.clone(),
+            (false, true) => Tensor::zeros_on([length], sums, device)?,
+            (false, false) => gradients.clone(),
+        };
         Ok(ParameterArena { entries: self.entries, values, gradients, master })
     }
 }
@@ -97,9 +126,15 @@ impl ParameterArena {
         &self.values
     }
 
-    /// All values as the optimizer keeps them, `[n]`: float32 beside bfloat16 values, else the values themselves.
+    /// All values as the optimizer keeps them, `[n]`: float32 beside bfloat16 values, else the values themselves. See
+    /// [`keeps_master`](Self::keeps_master) for when they are there.
     pub fn master(&self) -> &Tensor {
         &self.master
+    }
+
+    /// Whether the master values stay; else they are lent the gradients' memory: [`ArenaLayout::keeps_master`].
+    pub fn keeps_master(&self) -> bool {
+        !self.master.shares_storage(&self.gradients)
     }
 
     /// Rounds the master values into those that the ops read, after the master was written.

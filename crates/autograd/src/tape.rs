@@ -5,6 +5,8 @@ use crate::parameter::{Parameter, ParameterId};
 use crate::var::Var;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::fmt;
+use std::rc::Rc;
 use stickbreak_tensor::{DType, Device, Shape, Tensor};
 
 /// A differentiable op after its forward pass: exactly what its backward needs.
@@ -69,6 +71,25 @@ pub struct Tape {
     parameters: RefCell<HashMap<ParameterId, Slot>>,
     /// Parameters that were used although nothing is recorded; see [`crate::checkpoint`].
     used_parameters: RefCell<Vec<Parameter>>,
+    before_use: Option<BeforeUse>,
+}
+
+/// Called with each parameter before an op reads its value: the seam at which values that are still on their way from
+/// other ranks are waited for.
+#[derive(Clone)]
+pub struct BeforeUse(Rc<dyn Fn(ParameterId)>);
+
+impl BeforeUse {
+    /// Calls `hook`.
+    pub fn new(hook: impl Fn(ParameterId) + 'static) -> Self {
+        Self(Rc::new(hook))
+    }
+}
+
+impl fmt::Debug for BeforeUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("BeforeUse")
+    }
 }
 
 impl Default for Tape {
@@ -96,7 +117,19 @@ impl Tape {
             slots: RefCell::default(),
             parameters: RefCell::default(),
             used_parameters: RefCell::default(),
+            before_use: None,
         }
+    }
+
+    /// The tape with a hook that is called before a parameter is used on it, in its forward pass.
+    #[must_use]
+    pub fn with_before_use(self, before_use: Option<BeforeUse>) -> Self {
+        Self { before_use, ..self }
+    }
+
+    /// The hook of [`with_before_use`](Self::with_before_use), for a tape that stands in for this one.
+    pub(crate) fn before_use(&self) -> Option<BeforeUse> {
+        self.before_use.clone()
     }
 
     /// Number of ops recorded so far.
@@ -132,6 +165,9 @@ impl Tape {
     /// # Panics
     /// If the tape has a parameter of another arena under the same id: a tape serves one arena.
     pub fn parameter(&self, parameter: &Parameter) -> Var<'_> {
+        if let Some(BeforeUse(hook)) = &self.before_use {
+            hook(parameter.id);
+        }
         let value = parameter.value.clone();
         if !self.recording {
             let mut used = self.used_parameters.borrow_mut();

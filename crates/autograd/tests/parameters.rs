@@ -1,8 +1,13 @@
 //! Parameters in the arena: accumulation in place, and the moment at which a gradient is complete.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use stickbreak_autograd::ops::{embedding, linear};
-use stickbreak_autograd::{ArenaBuilder, Parameter, ParameterArena, ParameterId, Result, Tape, Var, checkpoint};
-use stickbreak_tensor::{DType, Tensor};
+use stickbreak_autograd::{
+    ALIGNMENT, ArenaBuilder, ArenaLayout, BeforeUse, Parameter, ParameterArena, ParameterId, Result, Tape, Var,
+    checkpoint,
+};
+use stickbreak_tensor::{DType, Device, Tensor};
 
 /// Table `[5, 4]` (used as embedding and as output: tied), two matrices `[4, 4]`, and one that is never used.
 fn arena() -> ParameterArena {
@@ -145,4 +150,60 @@ fn the_scale_of_the_loss_scales_gradients() {
     };
     // A power of two changes no mantissa.
     assert_eq!(gradient_at(0.25), gradient_at(1.0).iter().map(|g| g * 0.25).collect::<Vec<_>>());
+}
+
+#[test]
+fn every_parameter_is_told_of_before_it_is_read_with_and_without_recompute() {
+    for recompute in [false, true] {
+        let arena = arena();
+        let values: Vec<Tensor> = arena.iter().map(|(_, parameter)| parameter.value.copy().unwrap()).collect();
+        // The values come only when they are asked for: whoever reads one before reads NaN.
+        for (_, parameter) in arena.iter() {
+            parameter.value.fill_assign(f64::NAN).unwrap();
+        }
+        let told = Rc::new(RefCell::new(Vec::new()));
+        let hook = {
+            let (arena, told) = (arena.clone(), Rc::clone(&told));
+            BeforeUse::new(move |id| {
+                arena.parameter(id).unwrap().value.copy_assign(&values[id.0]).unwrap();
+                told.borrow_mut().push(id.0);
+            })
+        };
+        let tape = Tape::new().with_before_use(Some(hook));
+        let loss = loss(&tape, &arena, recompute).unwrap();
+        assert!(loss.value().to_scalar().unwrap().is_finite(), "recompute {recompute}");
+        tape.backward(&loss).unwrap();
+        assert!(arena.gradients().to_f64_vec().unwrap().iter().all(|g| g.is_finite()), "recompute {recompute}");
+        let mut told = told.borrow().clone();
+        told.sort_unstable();
+        told.dedup();
+        assert_eq!(told, [0, 1, 2, 3]);
+    }
+}
+
+#[test]
+fn an_arena_for_ranks_is_padded_with_zeros_and_lends_the_masters_place() {
+    let build = |keeps_master, length_multiple| {
+        let mut builder = ArenaBuilder::default();
+        let id = builder.add("table", [5, 4]);
+        let layout = ArenaLayout { length_multiple, keeps_master };
+        (id, builder.build_with(DType::BF16, Device::Cpu, layout).unwrap())
+    };
+    let (id, lent) = build(false, 3 * ALIGNMENT);
+    assert_eq!((lent.values().elements(), lent.gradients().elements()), (3 * ALIGNMENT, 3 * ALIGNMENT));
+    assert!(!lent.keeps_master() && lent.master().dtype() == DType::F32);
+    // Halfway between two bfloat16 numbers and a bit more: rounded up in the values, exact in the master.
+    let exact = 1.0 + 1.0 / 256.0 + 1.0 / 65536.0;
+    lent.master_of(id).unwrap().fill_assign(exact).unwrap();
+    lent.publish().unwrap();
+    assert_eq!(lent.values().to_f64_vec().unwrap()[..20], [1.0 + 1.0 / 128.0; 20]);
+    assert_eq!(lent.master().to_f64_vec().unwrap()[..20], [exact; 20]);
+    lent.zero_gradients().unwrap();
+    assert!(lent.values().to_f64_vec().unwrap()[20..].iter().all(|&padding| padding == 0.0));
+    let (_, kept) = build(true, 1);
+    assert!(kept.keeps_master() && kept.master().elements() == ALIGNMENT);
+    kept.zero_gradients().unwrap();
+    let mut builder = ArenaBuilder::default();
+    builder.add("table", [5, 4]);
+    assert!(builder.build(DType::F64).keeps_master(), "values that are no bfloat16 are the master");
 }

@@ -12,7 +12,9 @@ use crate::config::{AttentionKind, ModelConfig, Remainder};
 use crate::error::{ModelError, Result};
 use std::sync::Arc;
 use stickbreak_autograd::ops::{self, StickBreakingOutput};
-use stickbreak_autograd::{ArenaBuilder, AutogradError, Parameter, ParameterArena, ParameterId, Tape, Var, checkpoint};
+use stickbreak_autograd::{
+    ArenaBuilder, ArenaLayout, AutogradError, Parameter, ParameterArena, ParameterId, Tape, Var, checkpoint,
+};
 use stickbreak_tensor::ops::attention::{SoftmaxSettings, StickBreakingSettings, alibi_slopes};
 use stickbreak_tensor::ops::nn;
 use stickbreak_tensor::{DType, Device, Tensor};
@@ -291,6 +293,14 @@ impl Transformer {
     /// # Errors
     /// If the config makes no model, or the device cannot hold it.
     pub fn new_on(config: ModelConfig, dtype: DType, device: Device) -> Result<Self> {
+        Self::new_with(config, dtype, device, ArenaLayout::default())
+    }
+
+    /// [`new_on`](Self::new_on) with an arena of which ranks share the work.
+    ///
+    /// # Errors
+    /// As [`new_on`](Self::new_on).
+    pub fn new_with(config: ModelConfig, dtype: DType, device: Device, layout: ArenaLayout) -> Result<Self> {
         config.validate()?;
         let mut arena = ArenaBuilder::default();
         let table = [config.vocab_size, config.hidden_size];
@@ -298,7 +308,7 @@ impl Transformer {
         let blocks: Vec<_> = (0..config.num_layers).map(|i| BlockIds::register(&config, i, &mut arena)).collect();
         let final_norm = arena.add("model.norm.weight", [config.hidden_size]);
         let head = if config.tie_word_embeddings { embedding } else { arena.add("lm_head.weight", table) };
-        let arena = arena.build_on(dtype, device)?;
+        let arena = arena.build_with(dtype, device, layout)?;
         let config = Arc::new(config);
         Ok(Self {
             embedding: arena.parameter(embedding)?,

@@ -30,46 +30,61 @@ pub struct WeightFile {
     pub bytes: Vec<u8>,
 }
 
+/// Weight files of parameters by name. More than one, with an index, if the weights exceed `shard_bytes`.
+///
+/// # Errors
+/// If the tensors cannot be serialised.
+pub fn weight_files(parameters: &NamedTensors, shard_bytes: usize) -> Result<Vec<WeightFile>> {
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    let mut shards = vec![(0, NamedTensors::new())];
+    for (name, tensor) in parameters {
+        let bytes = tensor.elements() * tensor.dtype().size();
+        let (filled, _) = shards.last().expect("starts with one");
+        if *filled > 0 && filled + bytes > shard_bytes {
+            shards.push((0, NamedTensors::new()));
+        }
+        let (filled, tensors) = shards.last_mut().expect("starts with one");
+        *filled += bytes;
+        tensors.insert(name.clone(), tensor.clone());
+    }
+    if let [(_, tensors)] = &shards[..] {
+        return Ok(vec![WeightFile { name: SINGLE_FILE.into(), bytes: io::serialize(tensors, &metadata)? }]);
+    }
+    let mut files = Vec::new();
+    let mut index = ShardIndex { metadata: BTreeMap::new(), weight_map: BTreeMap::new() };
+    let total: usize = shards.iter().map(|(bytes, _)| bytes).sum();
+    index.metadata.insert("total_size".into(), total.into());
+    for (number, (_, tensors)) in shards.iter().enumerate() {
+        let name = format!("model-{:05}-of-{:05}.safetensors", number + 1, shards.len());
+        index.weight_map.extend(tensors.keys().map(|tensor| (tensor.clone(), name.clone())));
+        files.push(WeightFile { name, bytes: io::serialize(tensors, &metadata)? });
+    }
+    let bytes = serde_json::to_vec_pretty(&index).expect("strings and numbers are always JSON");
+    files.push(WeightFile { name: INDEX_FILE.into(), bytes });
+    Ok(files)
+}
+
 impl Transformer {
-    /// The parameters by name, as views of the arena's master values.
+    /// The parameters by name, as views of the arena's master values, or of the values where no master is kept.
     pub fn named_parameters(&self) -> NamedTensors {
+        if self.arena().keeps_master() {
+            return self.named_masters();
+        }
+        self.arena().iter().map(|(entry, parameter)| (entry.name.clone(), parameter.value)).collect()
+    }
+
+    fn named_masters(&self) -> NamedTensors {
         let arena = self.arena();
         let master = |id| arena.master_of(ParameterId(id)).expect("an entry's own id");
         arena.entries().iter().enumerate().map(|(id, entry)| (entry.name.clone(), master(id))).collect()
     }
 
-    /// The model's weight files. More than one, with an index, if the weights exceed `shard_bytes`.
+    /// The model's weight files: [`weight_files`] of its parameters.
     ///
     /// # Errors
     /// If the tensors cannot be serialised.
     pub fn weight_files(&self, shard_bytes: usize) -> Result<Vec<WeightFile>> {
-        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        let mut shards = vec![(0, NamedTensors::new())];
-        for (name, tensor) in self.named_parameters() {
-            let bytes = tensor.elements() * tensor.dtype().size();
-            let (filled, _) = shards.last().expect("starts with one");
-            if *filled > 0 && filled + bytes > shard_bytes {
-                shards.push((0, NamedTensors::new()));
-            }
-            let (filled, tensors) = shards.last_mut().expect("starts with one");
-            *filled += bytes;
-            tensors.insert(name, tensor);
-        }
-        if let [(_, tensors)] = &shards[..] {
-            return Ok(vec![WeightFile { name: SINGLE_FILE.into(), bytes: io::serialize(tensors, &metadata)? }]);
-        }
-        let mut files = Vec::new();
-        let mut index = ShardIndex { metadata: BTreeMap::new(), weight_map: BTreeMap::new() };
-        let total: usize = shards.iter().map(|(bytes, _)| bytes).sum();
-        index.metadata.insert("total_size".into(), total.into());
-        for (number, (_, tensors)) in shards.iter().enumerate() {
-            let name = format!("model-{:05}-of-{:05}.safetensors", number + 1, shards.len());
-            index.weight_map.extend(tensors.keys().map(|tensor| (tensor.clone(), name.clone())));
-            files.push(WeightFile { name, bytes: io::serialize(tensors, &metadata)? });
-        }
-        let bytes = serde_json::to_vec_pretty(&index).expect("strings and numbers are always JSON");
-        files.push(WeightFile { name: INDEX_FILE.into(), bytes });
-        Ok(files)
+        weight_files(&self.named_parameters(), shard_bytes)
     }
 
     /// Reads all parameters from a model folder (or one safetensors file), converting to the model's dtype. A head that is
@@ -80,7 +95,7 @@ impl Transformer {
     pub fn load_weights(&self, path: &Path) -> Result<()> {
         let tensors = read_tensors(path)?;
         let wrong = |what: String| ModelError::Weights { path: path.to_owned(), what };
-        let expected = self.named_parameters();
+        let expected = self.named_masters();
         let missing: Vec<_> = expected.keys().filter(|name| !tensors.contains_key(*name)).collect();
         let unexpected: Vec<_> = tensors.keys().filter(|name| !expected.contains_key(*name)).collect();
         // A tied head is sometimes stored twice.

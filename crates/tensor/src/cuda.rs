@@ -99,6 +99,12 @@ impl Tensor {
         unsafe { DeviceMut::from_raw(pointer, len, dtype) }
     }
 
+    /// Address of the first element, for work that is put on another queue; `None` on the CPU. Whoever uses it orders that
+    /// work with [`Queue::mark`] and [`Queue::wait_for`], and keeps the tensor until it is done.
+    pub fn device_address(&self) -> Option<u64> {
+        self.cuda_storage().map(|_| self.device_memory().0)
+    }
+
     fn device_memory(&self) -> (u64, usize, DeviceType) {
         let storage = self.cuda_storage().expect("an op dispatches by device");
         let dtype = device_type("device_memory", self.dtype()).expect("refused when the storage was made");

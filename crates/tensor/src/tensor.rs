@@ -321,7 +321,7 @@ impl Tensor {
     }
 
     /// Elements from the start of the storage to this view's first element.
-    pub(crate) fn offset(&self) -> usize {
+    pub fn offset(&self) -> usize {
         self.offset
     }
 

@@ -40,6 +40,9 @@ pub struct RunConfig {
     /// Checkpoints.
     #[serde(default)]
     pub checkpoint: CheckpointConfig,
+    /// How ranks share the work, where there are several.
+    #[serde(default)]
+    pub distributed: DistributedConfig,
 }
 
 /// Number type of a run's arithmetic. Weights, moments and gradient sums are float32 beside bf16, else of this type too.
@@ -287,11 +290,54 @@ pub struct CheckpointConfig {
     pub keep_last: usize,
     /// Also kept: those of steps divisible by this; 0 for none.
     pub keep_every: u64,
+    /// Whether training goes on while a thread writes; the last one of a run is always waited for. Default: on a GPU, where
+    /// training needs neither the processors nor the memory that writing takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub asynchronous: Option<bool>,
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every: 500, keep_last: 2, keep_every: 0 }
+        Self { every: 500, keep_last: 2, keep_every: 0, asynchronous: None }
+    }
+}
+
+/// How ranks share the work of a step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DistributedConfig {
+    /// Gradients sent at once, in bytes of float32: smaller ones start earlier, larger ones make better use of the links.
+    pub bucket_bytes: usize,
+    /// Type that gradients are sent in.
+    pub gradient_dtype: GradientType,
+    /// A collective that takes longer has hung: all ranks end, and name those that did not come.
+    pub timeout_seconds: u64,
+}
+
+impl Default for DistributedConfig {
+    fn default() -> Self {
+        Self { bucket_bytes: 64 << 20, gradient_dtype: GradientType::F32, timeout_seconds: 600 }
+    }
+}
+
+/// Type that gradients are sent in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GradientType {
+    /// As they are summed on each rank: float32 (float64 in a study of that type).
+    #[default]
+    F32,
+    /// Rounded to bfloat16: half the volume, and sums with its errors.
+    Bf16,
+}
+
+impl GradientType {
+    /// What gradients are rounded to before they are sent, if they are.
+    pub fn on_the_wire(self) -> Option<DType> {
+        match self {
+            Self::F32 => None,
+            Self::Bf16 => Some(DType::BF16),
+        }
     }
 }
 
@@ -354,9 +400,35 @@ impl RunConfig {
         self.data.folder.clone().unwrap_or_else(|| PathBuf::from("data").join(&self.name))
     }
 
-    /// Sequences that go through the model at once.
-    pub fn micro_batch(&self) -> usize {
-        self.train.micro_batch.unwrap_or(self.sequences_per_step())
+    /// Sequences that go through the model at once on each of so many ranks.
+    pub fn micro_batch(&self, ranks: usize) -> usize {
+        self.train.micro_batch.unwrap_or(self.sequences_per_rank(ranks))
+    }
+
+    /// Sequences of an optimizer step that each rank takes.
+    pub fn sequences_per_rank(&self, ranks: usize) -> usize {
+        self.sequences_per_step() / ranks
+    }
+
+    /// Refuses a batch that so many ranks cannot share evenly.
+    ///
+    /// # Errors
+    /// Just that, with the numbers.
+    pub fn check_ranks(&self, ranks: usize) -> Result<()> {
+        let (sequences, length) = (self.sequences_per_step(), self.train.sequence_length);
+        if !sequences.is_multiple_of(ranks) {
+            bail!(
+                "the {sequences} sequences of a step cannot be shared evenly by {ranks} ranks: train.batch_tokens = {} \
+                 must be a multiple of {ranks} x train.sequence_length = {}",
+                self.train.batch_tokens,
+                ranks * length
+            );
+        }
+        let (mine, micro) = (self.sequences_per_rank(ranks), self.micro_batch(ranks));
+        if micro == 0 || !mine.is_multiple_of(micro) {
+            bail!("train.micro_batch = {micro} must divide the {mine} sequences of a step on each of {ranks} ranks");
+        }
+        Ok(())
     }
 
     /// Sequences of an optimizer step.
@@ -381,7 +453,7 @@ impl RunConfig {
                 train.sequence_length
             );
         }
-        let (sequences, micro) = (self.sequences_per_step(), self.micro_batch());
+        let (sequences, micro) = (self.sequences_per_step(), self.micro_batch(1));
         if micro == 0 || !sequences.is_multiple_of(micro) {
             bail!("train.micro_batch = {micro} must divide the {sequences} sequences of a step");
         }
@@ -393,6 +465,9 @@ impl RunConfig {
         }
         if train.log_every == 0 {
             bail!("train.log_every = 0 must be 1 or more");
+        }
+        if self.distributed.timeout_seconds == 0 {
+            bail!("distributed.timeout_seconds = 0 must be 1 or more");
         }
         let fractions = [
             ("schedule.final_fraction", self.schedule.final_fraction),

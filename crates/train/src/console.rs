@@ -6,9 +6,16 @@ use std::io::{IsTerminal, Write};
 
 /// The log line of a step. On a GPU it says how long the host was busy, too.
 fn step_line(metrics: &TrainMetrics, flops_per_second: f64) -> String {
-    let time = match metrics.host_milliseconds {
-        Some(host) => format!("{:>6.1} ms (host {host:.1})", metrics.milliseconds),
-        None => format!("{:>6.0} ms", metrics.milliseconds),
+    let time = match (metrics.host_milliseconds, metrics.exposed_milliseconds) {
+        (Some(host), Some(exposed)) => {
+            format!("{:>6.1} ms (host {host:.1}, exposed communication {exposed:.1})", metrics.milliseconds)
+        }
+        (Some(host), None) => format!("{:>6.1} ms (host {host:.1})", metrics.milliseconds),
+        (None, _) => format!("{:>6.0} ms", metrics.milliseconds),
+    };
+    let each = match metrics.ranks {
+        Some(ranks) => format!(" ({:.0} on each of {ranks})", metrics.tokens_per_second / ranks as f64),
+        None => String::new(),
     };
     let rate = match flops_per_second {
         rate if rate >= 1e12 => format!("{:>5.1} TFLOP/s", rate / 1e12),
@@ -17,7 +24,7 @@ fn step_line(metrics: &TrainMetrics, flops_per_second: f64) -> String {
     let mfu = metrics.mfu.map_or("n/a".to_owned(), |mfu| format!("{:.1}%", 100.0 * mfu));
     let memory = metrics.peak_memory_bytes.unwrap_or(0) >> 20;
     format!(
-        "step {:>6}  loss {:.4}  norm {:.3}  lr {:.2e}  {:>7.0} tok/s  {time}  {rate}  MFU {mfu}  {memory} MiB",
+        "step {:>6}  loss {:.4}  norm {:.3}  lr {:.2e}  {:>7.0} tok/s{each}  {time}  {rate}  MFU {mfu}  {memory} MiB",
         metrics.step, metrics.loss, metrics.grad_norm, metrics.learning_rate, metrics.tokens_per_second,
     )
 }
@@ -25,7 +32,7 @@ fn step_line(metrics: &TrainMetrics, flops_per_second: f64) -> String {
 /// Prints to standard error; lines do not tear the bar.
 #[derive(Debug)]
 pub struct Console {
-    bar: ProgressBar,
+    bar: Option<ProgressBar>,
 }
 
 impl Console {
@@ -34,12 +41,18 @@ impl Console {
         let bar = if std::io::stderr().is_terminal() { ProgressBar::new(steps) } else { ProgressBar::hidden() };
         let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} left {eta} {msg}");
         bar.set_style(style.expect("a valid template"));
-        Self { bar }
+        Self { bar: Some(bar) }
+    }
+
+    /// Of a rank that has nothing to say: the first one speaks for all.
+    pub fn silent() -> Self {
+        Self { bar: None }
     }
 
     /// A line of its own.
     pub fn line(&self, text: &str) {
-        self.bar.suspend(|| {
+        let Some(bar) = &self.bar else { return };
+        bar.suspend(|| {
             // A closed standard error must not end a run.
             let _ = writeln!(std::io::stderr(), "{text}");
         });
@@ -47,8 +60,10 @@ impl Console {
 
     /// Moves the bar; with `print`, also a log line.
     pub fn step(&self, metrics: &TrainMetrics, flops_per_second: f64, print: bool) {
-        self.bar.set_position(metrics.step);
-        self.bar.set_message(format!("loss {:.3}", metrics.loss));
+        if let Some(bar) = &self.bar {
+            bar.set_position(metrics.step);
+            bar.set_message(format!("loss {:.3}", metrics.loss));
+        }
         if print {
             self.line(&step_line(metrics, flops_per_second));
         }
@@ -73,7 +88,9 @@ impl Console {
 
     /// Takes the bar away.
     pub fn finish(&self) {
-        self.bar.finish_and_clear();
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
     }
 }
 
@@ -92,6 +109,8 @@ mod tests {
             milliseconds: 200.4,
             device_milliseconds: None,
             host_milliseconds: None,
+            exposed_milliseconds: None,
+            ranks: None,
             tokens_seen: 0,
             mfu: None,
             peak_memory_bytes: Some(5 << 20),
@@ -104,5 +123,9 @@ mod tests {
         (metrics.mfu, metrics.device_milliseconds, metrics.host_milliseconds) = (Some(0.4567), Some(198.0), Some(31.2));
         let line = step_line(&metrics, 4.5e14);
         assert!(line.contains("200.4 ms (host 31.2)  450.0 TFLOP/s  MFU 45.7%"), "{line}");
+        (metrics.exposed_milliseconds, metrics.ranks) = (Some(1.26), Some(2));
+        let line = step_line(&metrics, 4.5e14);
+        assert!(line.contains("2346 tok/s (1173 on each of 2)"), "{line}");
+        assert!(line.contains("200.4 ms (host 31.2, exposed communication 1.3)"), "{line}");
     }
 }

@@ -1,11 +1,13 @@
 //! Which device a command computes on, and why.
 
-use anyhow::{Context, Result};
+use crate::distributed::launch::Launch;
+use anyhow::{Context, Result, bail};
 use clap::Args;
+use std::io::Write;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use stickbreak_kernels::cuda::library::{Library, require};
-use stickbreak_kernels::cuda::{Queue, Source, all_sources};
+use stickbreak_kernels::cuda::{Gpu, Queue, Source, Span, all_sources};
 use stickbreak_model::{AttentionKind, ModelConfig};
 use stickbreak_tensor::{DType, Device};
 
@@ -32,13 +34,50 @@ impl DeviceOption {
         }
     }
 
+    /// The device of one rank: of several on a machine each has a GPU of its own.
+    ///
+    /// # Errors
+    /// As [`choose`](Self::choose), if there are fewer GPUs than ranks here, or a certain one is asked for by all.
+    pub fn choose_for(self, launch: &Launch) -> Result<(Device, String)> {
+        let (ranks, rank) = (launch.ranks, launch.rank);
+        if ranks == 1 {
+            return self.choose();
+        }
+        let asked = match self.device {
+            Some(device @ Device::Cuda(1..)) => bail!(
+                "--device {device} names one GPU, but each of the {ranks} ranks takes its own: leave it out, or --device cuda"
+            ),
+            Some(device) => {
+                device.check_available().with_context(|| format!("--device {device} was asked for"))?;
+                device
+            }
+            None => best().0,
+        };
+        if asked == Device::Cpu {
+            let why = if self.device.is_some() { "device cpu, as asked".to_owned() } else { best().1 };
+            return Ok((asked, why));
+        }
+        let device = Device::Cuda(launch.device(Gpu::count()?)?);
+        device.check_available().with_context(|| format!("rank {rank} takes {device}"))?;
+        Ok((device, format!("device {device}{} for rank {rank} of {ranks}", name_of(device))))
+    }
+
     /// [`choose`](Self::choose), with the choice told on standard error.
     ///
     /// # Errors
     /// As [`choose`](Self::choose).
     pub fn announce(self) -> Result<Device> {
-        let (device, why) = self.choose()?;
-        eprintln!("{why}");
+        self.announce_for(&Launch::alone())
+    }
+
+    /// [`choose_for`](Self::choose_for), with the choice told on standard error.
+    ///
+    /// # Errors
+    /// As [`choose_for`](Self::choose_for).
+    pub fn announce_for(self, launch: &Launch) -> Result<Device> {
+        let (device, why) = self.choose_for(launch)?;
+        // At once, so that lines of several ranks do not mix.
+        let _ = std::io::stderr().write_all(format!("{why}\n").as_bytes());
         Ok(device)
     }
 }
@@ -70,6 +109,46 @@ pub fn queue(device: Device) -> Result<Option<Queue>> {
 /// The product's name of a GPU.
 pub fn gpu_name(device: Device) -> Option<String> {
     queue(device).ok().flatten().map(|queue| queue.gpu().name().to_owned())
+}
+
+/// Stretches in which a GPU's queue waited for something outside of it, such as a collective.
+#[derive(Debug)]
+pub struct Waits {
+    queue: Option<Queue>,
+    spans: Vec<Span>,
+}
+
+impl Waits {
+    /// None yet. On a CPU there are none: whoever waits there is the host.
+    pub fn new(device: Device) -> Self {
+        // A GPU that cannot be used fails where it is used.
+        Self { queue: queue(device).ok().flatten(), spans: Vec::new() }
+    }
+
+    /// None yet, on the same device.
+    pub(crate) fn fresh(&self) -> Self {
+        Self { queue: self.queue.clone(), spans: Vec::new() }
+    }
+
+    /// Runs `wait`, which orders the queue behind something, and notes how long the queue stands still for it.
+    ///
+    /// # Errors
+    /// Those of `wait`, or if the driver fails.
+    pub fn measure(&mut self, wait: impl FnOnce() -> Result<()>) -> Result<()> {
+        let timer = self.queue.as_ref().map(Queue::timer).transpose()?;
+        wait()?;
+        self.spans.extend(timer.map(|timer| timer.stop()).transpose()?);
+        Ok(())
+    }
+
+    /// Their sum in milliseconds, `None` on a CPU. Waits for the last one to be over.
+    ///
+    /// # Errors
+    /// If work failed.
+    pub fn milliseconds(&self) -> Result<Option<f64>> {
+        let sum = || self.spans.iter().try_fold(0.0, |sum, span| Ok(sum + span.milliseconds()?));
+        self.queue.as_ref().map(|_| sum()).transpose()
+    }
 }
 
 /// Compiles and loads, in parallel, the kernels that a model will use, so that no step waits for a compiler. Does nothing
@@ -143,6 +222,18 @@ mod tests {
         assert!(used("attention_f32.cu", "64", DType::F32) && !used("attention_f32.cu", "64", DType::BF16));
         assert!(is_used(&Source { file: "adamw.cu", parts: &[], defines: vec![] }, &config, DType::F32));
         prepare_kernels(&config, DType::F32, Device::Cpu, |line| panic!("{line}")).unwrap();
+    }
+
+    #[test]
+    fn ranks_share_the_cpu_and_none_takes_a_gpu_that_all_were_told_to_take() {
+        use crate::distributed::launch::detect;
+        let variables = [("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")];
+        let variables = variables.into_iter().chain([("MASTER_ADDR", "localhost"), ("MASTER_PORT", "7")]);
+        let launch = detect(&variables.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()).unwrap();
+        let asked = |text: &str| DeviceOption { device: Some(text.parse().unwrap()) }.choose_for(&launch);
+        assert_eq!(asked("cpu").unwrap(), (Device::Cpu, "device cpu, as asked".into()));
+        let error = asked("cuda:1").unwrap_err().to_string();
+        assert!(error.contains("cuda:1") && error.contains("2 ranks"), "{error}");
     }
 
     #[test]

@@ -1,20 +1,63 @@
-//! What this machine has, and what of it will be used.
+//! What this machine has, and what of it will be used; or what a run on many GPUs will need.
 
-use crate::config::ComputeType;
+use crate::config::{ComputeType, RunConfig};
 use crate::device::{self, DeviceOption};
+use crate::distributed::cost::Cluster;
+use crate::distributed::plan::plan;
+use crate::distributed::{launch, nccl};
 use crate::mfu;
 use crate::trainer::program_version;
 use anyhow::{Context, Result};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use stickbreak_kernels::cuda::compile;
 use stickbreak_kernels::cuda::library::{Library, require};
 use stickbreak_tensor::Device;
 
-/// Prints one line for each thing that matters to a run.
+/// What to say.
+#[derive(Debug, Clone, clap::Args)]
+pub struct DoctorArgs {
+    /// Instead: memory of each GPU by term, and predicted speed, of this run on many GPUs. Needs no GPU.
+    #[arg(long, value_name = "CONFIG")]
+    plan: Option<PathBuf>,
+    /// Up to how many GPUs.
+    #[arg(long, default_value_t = 8, requires = "plan")]
+    gpus: usize,
+    /// GPUs of a node.
+    #[arg(long, default_value_t = 8, requires = "plan")]
+    gpus_per_node: usize,
+    /// Gbit/s of the network for each GPU, of which 85% are assumed to be reached.
+    #[arg(long, default_value_t = 400.0, requires = "plan")]
+    network_gbit: f64,
+    /// Share of the peak that one GPU reaches in training, from 0 to 1: what your one-GPU run prints.
+    #[arg(long, default_value_t = Cluster::default().utilisation, requires = "plan")]
+    mfu: f64,
+    /// Change a setting of the config: `--set train.micro_batch=1`. Can be given many times.
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "plan")]
+    changes: Vec<String>,
+}
+
+/// Prints one line for each thing that matters to a run, or a plan.
 ///
 /// # Errors
-/// Only if standard output cannot be written.
-pub fn run() -> Result<()> {
+/// If the plan's config or numbers cannot be used.
+pub fn run(args: &DoctorArgs) -> Result<()> {
+    match &args.plan {
+        None => machine(),
+        Some(path) => {
+            let cluster = Cluster {
+                gpus_per_node: args.gpus_per_node,
+                network_bandwidth: 0.85 * args.network_gbit * 1e9 / 8.0,
+                utilisation: args.mfu,
+                ..Cluster::default()
+            };
+            let config = RunConfig::load(path, &args.changes)?;
+            print!("{}", plan(&config, args.gpus, &cluster)?);
+            Ok(())
+        }
+    }
+}
+
+fn machine() -> Result<()> {
     let line = |what: &str, found: String| println!("{what:<16} {found}");
     line("program", program_version());
     line("system", format!("{} {}", std::env::consts::OS, std::env::consts::ARCH));
@@ -28,6 +71,8 @@ pub fn run() -> Result<()> {
         memory.map_or("unknown".into(), |bytes| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64)),
     );
     cuda(&line);
+    line("NCCL", nccl::version().unwrap_or_else(|_| "not usable; needed only for several GPUs".into()));
+    line("launcher", launch::detect_here().map_or_else(|error| error.to_string(), |launch| launch.to_string()));
     line(
         "parquet",
         if cfg!(feature = "parquet") { "built in" } else { "not built in; build with --features parquet" }.into(),

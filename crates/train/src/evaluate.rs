@@ -2,6 +2,8 @@
 
 use crate::data::loader::bits_per_byte;
 use crate::data::{Batch, Loader};
+use crate::distributed::Communicator;
+use crate::distributed::single::Single;
 use crate::metrics::{LengthMetrics, PositionLoss, ValidMetrics};
 use crate::signal::StopFlag;
 use anyhow::{Result, bail};
@@ -82,17 +84,48 @@ const TOKENS_AT_ONCE: usize = 8192;
 /// # Errors
 /// If tokens cannot be read or the model cannot run.
 pub fn loss(model: &Transformer, loader: &Loader, max_tokens: Option<u64>, stop: &StopFlag) -> Result<Option<LossSum>> {
-    let mut sum = LossSum { text_bytes: Some(0), ..LossSum::default() };
+    shared_loss(model, loader, max_tokens, stop, &Single)
+}
+
+/// [`loss()`] by ranks that share the work and have the same model: the same sum on each, bit for bit that of one rank.
+/// `None` if `stop` was set on any of them meanwhile. Every rank calls it.
+///
+/// # Errors
+/// As [`loss()`], or if another rank is lost.
+pub fn shared_loss(
+    model: &Transformer,
+    loader: &Loader,
+    max_tokens: Option<u64>,
+    stop: &StopFlag,
+    communicator: &dyn Communicator,
+) -> Result<Option<LossSum>> {
     let batches: Batches<'_> = match max_tokens.filter(|&tokens| tokens < loader.stream().len()) {
         Some(tokens) => Box::new(loader.spread(windows_at_once(loader), loader.sequence_length(), tokens)?),
         None => Box::new(loader.sequential(windows_at_once(loader), None)),
     };
-    let finished = for_each_loss(model, batches, stop, |batch, losses| {
-        sum.nats += losses.iter().sum::<f64>();
-        sum.tokens += batch.valid_tokens as u64;
-        sum.text_bytes = sum.text_bytes.zip(batch.text_bytes).map(|(a, b)| a + b);
+    let (rank, ranks) = (communicator.rank(), communicator.ranks());
+    let mine = Box::new(batches.skip(rank).step_by(ranks));
+    let mut values = vec![0.0];
+    let finished = for_each_loss(model, mine, stop, |batch, losses| {
+        let text_bytes = batch.text_bytes.map_or(-1.0, |bytes| bytes as f64);
+        values.extend([losses.iter().sum::<f64>(), batch.valid_tokens as f64, text_bytes]);
     })?;
-    Ok(finished.then_some(sum))
+    values[0] = f64::from(finished);
+    let told = communicator.gather_values("validation loss", &values)?;
+    if told.iter().any(|values| values[0] == 0.0) {
+        return Ok(None);
+    }
+    // In the order of the batches, whoever had them: sums of floats depend on it.
+    let by_rank: Vec<Vec<&[f64]>> = told.iter().map(|values| values[1..].chunks(3).collect()).collect();
+    let count: usize = by_rank.iter().map(Vec::len).sum();
+    let mut sum = LossSum { text_bytes: Some(0), ..LossSum::default() };
+    for batch in 0..count {
+        let [nats, tokens, text_bytes] = by_rank[batch % ranks][batch / ranks] else { unreachable!("chunks of three") };
+        sum.nats += nats;
+        sum.tokens += *tokens as u64;
+        sum.text_bytes = sum.text_bytes.filter(|_| *text_bytes >= 0.0).map(|sum| sum + *text_bytes as u64);
+    }
+    Ok(Some(sum))
 }
 
 type Batches<'a> = Box<dyn Iterator<Item = crate::data::Result<Batch>> + 'a>;

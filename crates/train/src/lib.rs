@@ -4,6 +4,7 @@
 //!   [`mod@step`] what it repeats.
 //! * [`checkpoint`] saves and restores atomically, [`metrics`] and [`report`] show what happened, [`signal`] stops.
 //! * [`evaluate`] measures losses, also at other context lengths; [`inspect`] looks into the attention.
+//! * [`distributed`] is ranks that train together.
 //! * [`device`] says what a command computes on, [`mfu`] how well it uses it, [`profile`] where the time goes.
 //! * [`verify`] checks this build against golden vectors, [`mod@bench`] times it, [`doctor`] says what the machine has.
 //! * [`cli`] is the binary `stickbreak` over all of it.
@@ -15,6 +16,7 @@ pub mod config;
 pub mod console;
 pub mod data;
 pub mod device;
+pub mod distributed;
 pub mod doctor;
 pub mod evaluate;
 pub mod inspect;

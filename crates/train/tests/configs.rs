@@ -23,7 +23,7 @@ fn every_config_loads_and_is_named_after_its_file() {
         assert!(!config.data.inputs.is_empty(), "{}: a whole run", config.name);
         configs += 1;
     }
-    assert!(configs >= 5);
+    assert!(configs >= 6);
 }
 
 #[test]
@@ -32,6 +32,7 @@ fn the_models_have_the_sizes_of_their_names() {
         ("125m.toml", 123.6, 12, 768, 12, 2048, 50304, true),
         ("350m.toml", 359.8, 24, 1024, 16, 2816, 50304, true),
         ("1b.toml", 1336.2, 24, 2048, 32, 5632, 50304, true),
+        ("3b.toml", 3513.5, 40, 2304, 36, 9216, 50304, true),
         ("books-110m.toml", 110.1, 12, 768, 12, 2048, 16384, false),
     ] {
         let config = load(name);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use stickbreak_train::data::loader::bits_per_byte;
 use stickbreak_train::data::tokens::MemoryTokens;
-use stickbreak_train::data::{Batch, Cursor, IGNORED_LABEL, Loader, Prefetch, TokenStream, Tokenizer};
+use stickbreak_train::data::{Batch, Cursor, IGNORED_LABEL, Loader, Prefetch, Share, TokenStream, Tokenizer};
 
 const EOT: u32 = 256;
 
@@ -59,14 +59,27 @@ fn a_position_is_all_the_state_there_is() {
 }
 
 #[test]
-fn the_number_of_ranks_does_not_change_the_order() {
-    let loader = loader(numbered(24), 4, Some(1));
-    let whole = loader.batch(8, 8).unwrap();
-    for ranks in [1u64, 2, 4, 8] {
-        let each = 8 / ranks;
-        let parts: Vec<u32> =
-            (0..ranks).flat_map(|r| numbers(&loader.batch(8 + r * each, each as usize).unwrap())).collect();
-        assert_eq!(parts, numbers(&whole));
+fn shares_of_ranks_are_disjoint_and_complete_in_every_step_over_epochs() {
+    // 24 windows a step, 37 an epoch: most steps cross no end of an epoch, some do.
+    let loader = loader(numbered(37), 4, Some(1));
+    let (sequences, steps) = (24, 9);
+    let cursor = Cursor { position: 5 };
+    for ranks in [1, 2, 3, 4, 6, 24] {
+        for at_once in [1, 2, 3, 4, 24].into_iter().filter(|at_once| (sequences / ranks) % at_once == 0) {
+            let mut by_step = vec![Vec::new(); steps];
+            for rank in 0..ranks {
+                let share = Share { sequences, rank, ranks, at_once };
+                assert_eq!(share.batches() * at_once * ranks, sequences);
+                for (index, (position, count)) in share.requests(cursor).take(steps * share.batches()).enumerate() {
+                    by_step[index / share.batches()].extend(numbers(&loader.batch(position, count).unwrap()));
+                }
+            }
+            for (step, windows) in by_step.into_iter().enumerate() {
+                // One rank behind the other they are the step of a rank that is alone.
+                let whole = loader.batch(5 + (step * sequences) as u64, sequences).unwrap();
+                assert_eq!(windows, numbers(&whole), "{ranks} ranks, {at_once} at once, step {step}");
+            }
+        }
     }
 }
 

@@ -2,48 +2,14 @@
 
 mod loop_support;
 
-use std::fs::File;
-use std::io;
-use std::path::Path;
 use std::sync::Arc;
 
-use loop_support::{Workspace, assert_same_run, checkpoints, steps};
+use loop_support::{StopInSave, Workspace, assert_same_run, checkpoints, steps};
+use stickbreak_train::checkpoint::RealDisk;
 use stickbreak_train::checkpoint::fault::{Failure, FaultyDisk, When};
-use stickbreak_train::checkpoint::{Disk, RealDisk};
 use stickbreak_train::metrics::{Record, read_records};
 use stickbreak_train::signal::StopFlag;
 use stickbreak_train::trainer::{Outcome, Text, Trainer};
-
-/// Asks the run to stop while it writes the first file of a checkpoint.
-struct StopInSave(StopFlag);
-
-impl Disk for StopInSave {
-    fn create_dir(&self, path: &Path) -> io::Result<()> {
-        RealDisk.create_dir(path)
-    }
-    fn create_file(&self, path: &Path) -> io::Result<File> {
-        self.0.trigger();
-        RealDisk.create_file(path)
-    }
-    fn write(&self, path: &Path, file: &mut File, bytes: &[u8]) -> io::Result<usize> {
-        RealDisk.write(path, file, bytes)
-    }
-    fn sync_file(&self, path: &Path, file: &File) -> io::Result<()> {
-        RealDisk.sync_file(path, file)
-    }
-    fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        RealDisk.sync_dir(path)
-    }
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        RealDisk.rename(from, to)
-    }
-    fn remove_file(&self, path: &Path) -> io::Result<()> {
-        RealDisk.remove_file(path)
-    }
-    fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        RealDisk.remove_dir(path)
-    }
-}
 
 #[test]
 fn stopped_half_way_and_resumed_is_the_run_that_was_not_stopped() {

@@ -207,6 +207,79 @@ fn a_full_disk_at_any_point_leaves_the_store_as_it_was() {
     }
 }
 
+const PART: &str = "part-00001-of-00002.bin";
+
+/// A save to which another process, here another store on the same disk, adds a file.
+fn save_together(store: &CheckpointStore, helper: &CheckpointStore, step: u64) -> Result<Checkpoint, CheckpointError> {
+    store.save(step, |writer| {
+        write_files(step, writer)?;
+        let part = |part: &mut CheckpointWriter<'_>| part.bytes(PART, &contents(step, PART, 900));
+        let entries = helper.write_part(step, std::process::id(), part)?;
+        entries.into_iter().try_for_each(|(name, entry)| writer.adopt(&name, entry))
+    })
+}
+
+#[test]
+fn a_checkpoint_of_two_writers_is_all_or_nothing_too() {
+    let run = |when, failure| {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, store) = (folder.path(), open_fast(folder.path()));
+        save_together(&store, &store, 1).unwrap();
+        save_together(&store, &store, 2).unwrap();
+        let disk = Arc::new(FaultyDisk::new(when, failure));
+        let faulty = CheckpointStore::open_on(root, KEEP, disk.clone()).unwrap();
+        let saved = save_together(&faulty, &CheckpointStore::attach(root, KEEP, disk.clone()), 3).is_ok();
+        let found = CheckpointStore::open(root, KEEP).unwrap().latest_valid().unwrap().unwrap();
+        assert_complete(&found);
+        assert_eq!(found.read(PART).unwrap(), contents(found.step(), PART, 900), "{failure:?} at {when:?}");
+        (saved, found.step(), disk)
+    };
+    let (saved, found, disk) = run(When::Never, Failure::Killed);
+    assert_eq!((saved, found), (true, 3));
+    let offsets = (0..disk.bytes()).step_by(101).map(When::Bytes);
+    let operations = (0..disk.operations()).flat_map(|number| [When::Before(number), When::After(number)]);
+    for when in operations.chain(offsets) {
+        for failure in [Failure::Killed, Failure::PowerCut, Failure::DiskFull] {
+            let (saved, found, _) = run(when, failure);
+            assert!(found == 3 || (found == 2 && !saved), "{failure:?} at {when:?}: {found}, reported: {saved}");
+        }
+    }
+}
+
+#[test]
+fn what_another_process_says_it_wrote_has_to_be_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = CheckpointStore::open(folder.path(), KEEP).unwrap();
+    let entry =
+        |bytes: &[u8]| FileEntry { bytes: bytes.len() as u64, blake3: blake3::hash(bytes).to_hex().to_string() };
+    let save = |name: &str, written: Option<&[u8]>, said: &[u8]| {
+        let saved = store.save(1, |writer| {
+            writer.bytes("own.bin", b"own")?;
+            if let Some(written) = written {
+                store.write_part(1, std::process::id(), |part| part.bytes(name, written))?;
+            }
+            writer.adopt(name, entry(said))
+        });
+        saved.map(drop).map_err(|error| format!("{:#}", anyhow::Error::from(error)))
+    };
+    for (name, written, said, part) in [
+        ("part.bin", None, &b"said"[..], "part.bin: missing"),
+        ("part.bin", Some(&b"short"[..]), b"longer than that", "part.bin: 5 bytes long, but the manifest says 16"),
+        ("own.bin", None, b"own", "\"own.bin\" is written twice"),
+        ("../part.bin", None, b"said", "is not plain"),
+        (MANIFEST_NAME, None, b"said", "is the store's own"),
+    ] {
+        let error = save(name, written, said).unwrap_err();
+        assert!(error.contains(part), "{part} in {error}");
+        assert_eq!(entries(folder.path()).len(), 0, "nothing half-written stays");
+    }
+    save("part.bin", Some(b"said"), b"said").unwrap();
+    assert_eq!(store.latest_valid().unwrap().unwrap().read("part.bin").unwrap(), b"said");
+    // A save that nobody has begun.
+    let error = store.write_part(7, std::process::id(), |part| part.bytes("part.bin", b"x")).unwrap_err();
+    assert!(format!("{:#}", anyhow::Error::from(error)).contains("step-00000007"));
+}
+
 #[test]
 fn the_first_save_of_a_run_fails_cleanly_too() {
     for failure in [Failure::Killed, Failure::PowerCut, Failure::DiskFull] {

@@ -18,6 +18,8 @@ fn train(step: u64) -> Record {
         milliseconds: 1280.25,
         device_milliseconds: None,
         host_milliseconds: None,
+        exposed_milliseconds: None,
+        ranks: None,
         tokens_seen: step * 4096,
         mfu: None,
         peak_memory_bytes: Some(1 << 30),

@@ -54,15 +54,23 @@ pub(super) fn driver(doing: &'static str) -> impl Fn(DriverError) -> KernelError
 }
 
 impl Gpu {
+    /// How many devices this process can see.
+    ///
+    /// # Errors
+    /// If the driver is missing or does not start.
+    pub fn count() -> Result<usize> {
+        require(Library::Driver)?;
+        result::init().map_err(driver("starting the driver"))?;
+        Ok(CudaContext::device_count().map_err(driver("counting devices"))? as usize)
+    }
+
     /// The n-th device, with its primary context.
     ///
     /// # Errors
     /// If a library is missing, the driver is too old, or there is no such device.
     pub fn open(ordinal: usize) -> Result<Arc<Self>> {
-        require(Library::Driver)?;
-        result::init().map_err(driver("starting the driver"))?;
-        let count = CudaContext::device_count().map_err(driver("counting devices"))?;
-        if ordinal >= count as usize {
+        let count = Self::count()?;
+        if ordinal >= count {
             return Err(KernelError::cuda(
                 format!("opening device {ordinal}"),
                 format!("this machine shows {count} CUDA devices (CUDA_VISIBLE_DEVICES may hide some)"),
@@ -120,6 +128,19 @@ impl Gpu {
     /// The product's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The card's number, unique among all, as `nvidia-smi -L` writes it.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn uuid(&self) -> Result<String> {
+        let uuid = self.context.uuid().map_err(driver("reading the device's number"))?;
+        let groups = [0..4, 4..6, 6..8, 8..10, 10..16];
+        let hex = |range: std::ops::Range<usize>| {
+            uuid.bytes[range].iter().map(|&byte| format!("{:02x}", byte as u8)).collect::<String>()
+        };
+        Ok(format!("GPU-{}", groups.map(hex).join("-")))
     }
 
     /// Major and minor number.

@@ -20,11 +20,13 @@ pub enum Library {
     Nvrtc,
     /// Matrix products, part of the CUDA toolkit.
     CublasLt,
+    /// Communication between GPUs, a package of its own. Needed only where several ranks train together.
+    Nccl,
 }
 
 impl Library {
     /// All of them.
-    pub const ALL: [Library; 3] = [Library::Driver, Library::Nvrtc, Library::CublasLt];
+    pub const ALL: [Library; 4] = [Library::Driver, Library::Nvrtc, Library::CublasLt, Library::Nccl];
 
     /// The file name that is looked for.
     pub fn file(self) -> &'static str {
@@ -32,6 +34,7 @@ impl Library {
             Library::Driver => "libcuda.so.1",
             Library::Nvrtc => "libnvrtc.so.13",
             Library::CublasLt => "libcublasLt.so.13",
+            Library::Nccl => "libnccl.so.2",
         }
     }
 
@@ -39,7 +42,11 @@ impl Library {
     fn origin(self) -> &'static str {
         match self {
             Library::Driver => "it comes with the NVIDIA driver (580 or newer)",
-            _ => {
+            Library::Nccl => {
+                "it comes with the system's package libnccl2 or the PyPI package nvidia-nccl-cu13; set NCCL_HOME or \
+                 LD_LIBRARY_PATH to where it is"
+            }
+            Library::Nvrtc | Library::CublasLt => {
                 "it comes with the CUDA toolkit 13 (or the PyPI packages nvidia-cuda-nvrtc and nvidia-cublas); set \
                  CUDA_HOME or LD_LIBRARY_PATH to where it is"
             }
@@ -53,23 +60,41 @@ impl Library {
 }
 
 /// Folders outside of the loader's own path that are looked into, in this order.
-fn folders() -> Vec<PathBuf> {
+fn folders(library: Library) -> Vec<PathBuf> {
     let mut folders = Vec::new();
     // Beside the program: a folder to copy to a cluster may bring its own.
     if let Some(folder) = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned())) {
         folders.extend([folder.join("lib"), folder]);
     }
-    for variable in ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"] {
-        if let Some(root) = std::env::var_os(variable).map(PathBuf::from) {
-            folders.extend([root.join("lib64"), root.join("targets/x86_64-linux/lib"), root.join("lib")]);
+    let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    if library == Library::Nccl {
+        for root in ["NCCL_HOME", "NCCL_ROOT"].into_iter().filter_map(variable) {
+            folders.extend([root.join("lib"), root.join("build/lib")]);
         }
     }
-    if let Some(root) = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from) {
-        for python in std::fs::read_dir(root.join("lib")).into_iter().flatten().flatten() {
-            folders.push(python.path().join("site-packages/nvidia/cu13/lib"));
+    for root in ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"].into_iter().filter_map(variable) {
+        folders.extend([root.join("lib64"), root.join("targets/x86_64-linux/lib"), root.join("lib")]);
+    }
+    // Python's packages bring libraries, too: of an environment first, then of the user and the system.
+    let package = if library == Library::Nccl { "nvidia/nccl/lib" } else { "nvidia/cu13/lib" };
+    let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(variable);
+    let user = variable("HOME").map(|home| home.join(".local"));
+    for root in environments.chain(user).chain(["/usr/local", "/usr"].map(PathBuf::from)) {
+        let pythons = std::fs::read_dir(root.join("lib")).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut pythons: Vec<PathBuf> = pythons
+            .filter(|path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("python")))
+            .collect();
+        pythons.sort();
+        for python in pythons {
+            let packages = ["site-packages", "dist-packages"].map(|packages| python.join(packages));
+            folders.extend(packages.into_iter().filter(|folder| folder.exists()).map(|folder| folder.join(package)));
         }
     }
     folders.extend(["/usr/local/cuda/lib64", "/usr/local/cuda-13/lib64", "/opt/cuda/lib64"].map(PathBuf::from));
+    if library == Library::Nccl {
+        let system = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/local/lib"];
+        folders.extend(system.map(PathBuf::from));
+    }
     folders
 }
 
@@ -103,8 +128,9 @@ pub fn require(library: Library) -> Result<String> {
     let place = match open(library.file().as_ref()) {
         Ok(()) => Some(found("the system's loader path".into(), None)),
         Err(reason) => {
-            reasons.push(format!("the loader's path ({reason})"));
-            folders().into_iter().find_map(|folder| {
+            let path = std::env::var("LD_LIBRARY_PATH").map_or("not set".to_owned(), |path| format!("{path:?}"));
+            reasons.push(format!("the loader's path (LD_LIBRARY_PATH is {path}; {reason})"));
+            folders(library).into_iter().find_map(|folder| {
                 let path = folder.join(library.file());
                 if !path.exists() {
                     reasons.push(folder.display().to_string());
@@ -144,7 +170,21 @@ mod tests {
                 let message = error.to_string();
                 assert!(message.contains(library.file()), "{message}");
                 assert!(message.contains("/usr/local/cuda/lib64") && message.contains("comes with"), "{message}");
+                assert!(message.contains("LD_LIBRARY_PATH is "), "{message}");
             }
         }
+    }
+
+    #[test]
+    fn nccl_is_looked_for_where_systems_and_python_put_it() {
+        let nccl: Vec<String> = folders(Library::Nccl).iter().map(|folder| folder.display().to_string()).collect();
+        assert!(nccl.iter().any(|folder| folder == "/usr/lib/x86_64-linux-gnu"), "{nccl:?}");
+        for python in std::fs::read_dir("/usr/local/lib").into_iter().flatten().flatten() {
+            let packages = python.path().join("dist-packages");
+            let is_python = python.file_name().to_string_lossy().starts_with("python") && packages.exists();
+            let package = packages.join("nvidia/nccl/lib").display().to_string();
+            assert_eq!(nccl.contains(&package), is_python, "{package}: {nccl:?}");
+        }
+        assert!(!folders(Library::CublasLt).iter().any(|folder| folder.ends_with("nccl/lib")));
     }
 }

@@ -14,6 +14,7 @@
 
 pub mod compile;
 mod device;
+mod event;
 mod launch;
 pub mod library;
 mod queue;
@@ -22,8 +23,9 @@ mod view;
 
 pub use compile::Source;
 pub use device::{Gpu, MemoryInfo};
+pub use event::Event;
 pub use launch::{Arg, Kernel, Launch};
-pub use queue::{Memory, Queue, Scratch, Timer};
+pub use queue::{Memory, Queue, Scratch, Span, Timer};
 pub use units::DeviceView;
 pub use view::{DeviceElement, DeviceMut, DeviceRef, DeviceType, check};
 

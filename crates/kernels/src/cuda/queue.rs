@@ -7,6 +7,7 @@ use super::view::{DeviceElement, DeviceMut, DeviceRef, DeviceType};
 use crate::matmul::cuda::Blas;
 use crate::{KernelError, Result};
 use cudarc::driver::{CudaEvent, CudaStream, PinnedHostSlice, result, sys};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// A device and the stream that work is put on. Cheap to clone; clones share the stream.
@@ -24,14 +25,15 @@ struct Inner {
     staging: Mutex<Staging>,
 }
 
-/// Page-locked host memory that uploads go through, so that the host does not wait for the copy.
+/// Page-locked host memory that copies go through: the host does not wait for an upload, and the parts of a large download
+/// follow each other without a gap.
 #[derive(Debug, Default)]
 struct Staging {
     slots: Vec<(PinnedHostSlice<u8>, CudaEvent)>,
     next: usize,
 }
 
-/// Slots of a queue's staging memory, and the bytes of each. Larger uploads are copied in pieces.
+/// Slots of a queue's staging memory, and the bytes of each. Larger copies are made in pieces.
 const STAGING_SLOTS: usize = 4;
 const STAGING_BYTES: usize = 4 << 20;
 
@@ -154,12 +156,41 @@ impl Queue {
     pub fn download_into<T: DeviceElement>(&self, from: DeviceRef<'_>, data: &mut [T]) -> Result<()> {
         super::view::check("download", "from", (from.len(), from.dtype()), data.len(), &[T::TYPE])?;
         self.gpu().bind()?;
-        if !data.is_empty() {
+        if size_of_val(data) > STAGING_BYTES {
+            // SAFETY: the element types have no padding and no invalid values, so any bytes are some value of theirs.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr().cast::<u8>(), size_of_val(data)) };
+            self.download_in_pieces(from.pointer(), bytes)?;
+        } else if !data.is_empty() {
             // SAFETY: both sides hold `data.len()` elements; the stream is waited for below, before `data` is looked at.
             unsafe { result::memcpy_dtoh_async(data, from.pointer(), self.stream().cu_stream()) }
                 .map_err(driver("copying from the device"))?;
         }
         self.synchronize()
+    }
+
+    /// A download through staging memory: the device writes the next pieces while the host copies one out.
+    fn download_in_pieces(&self, pointer: u64, bytes: &mut [u8]) -> Result<()> {
+        let mut staging = self.inner.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut under_way: VecDeque<(usize, &mut [u8])> = VecDeque::new();
+        for (piece, start) in bytes.chunks_mut(STAGING_BYTES).zip((0u64..).step_by(STAGING_BYTES)) {
+            if under_way.len() == STAGING_SLOTS
+                && let Some((slot, piece)) = under_way.pop_front()
+            {
+                staging.copy_out(slot, piece)?;
+            }
+            let index = staging.next_slot(self)?;
+            let (slot, event) = &mut staging.slots[index];
+            // An earlier upload out of the slot has to be over before it is written.
+            event.synchronize().map_err(driver("waiting for an upload"))?;
+            let host = &mut slot.as_mut_slice().map_err(driver("staging a download"))?[..piece.len()];
+            // SAFETY: the source holds all of `bytes`; the slot is page-locked and is not read before `event`, recorded
+            // behind the copy, has happened.
+            unsafe { result::memcpy_dtoh_async(host, pointer + start, self.stream().cu_stream()) }
+                .map_err(driver("copying from the device"))?;
+            event.record(self.stream()).map_err(driver("recording an event"))?;
+            under_way.push_back((index, piece));
+        }
+        under_way.into_iter().try_for_each(|(slot, piece)| staging.copy_out(slot, piece))
     }
 
     /// Copies between device memory of one type and length.
@@ -207,6 +238,13 @@ impl Queue {
 impl Staging {
     /// The slot that was used longest ago.
     fn slot(&mut self, queue: &Queue) -> Result<(&mut PinnedHostSlice<u8>, &CudaEvent)> {
+        let index = self.next_slot(queue)?;
+        let (slot, event) = &mut self.slots[index];
+        Ok((slot, event))
+    }
+
+    /// The number of that slot; the same one comes again after all others.
+    fn next_slot(&mut self, queue: &Queue) -> Result<usize> {
         if self.slots.len() < STAGING_SLOTS {
             let context = queue.gpu().context();
             // SAFETY: bytes have no invalid values, and only what was written is ever read.
@@ -216,8 +254,15 @@ impl Staging {
         }
         let index = self.next % self.slots.len();
         self.next = index + 1;
+        Ok(index)
+    }
+
+    /// Waits for a download into a slot and copies it to where it belongs.
+    fn copy_out(&mut self, index: usize, to: &mut [u8]) -> Result<()> {
         let (slot, event) = &mut self.slots[index];
-        Ok((slot, event))
+        event.synchronize().map_err(driver("waiting for a download"))?;
+        to.copy_from_slice(&slot.as_slice().map_err(driver("staging a download"))?[..to.len()]);
+        Ok(())
     }
 }
 
@@ -299,5 +344,33 @@ impl Timer {
         let end = self.queue.stream().record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
         let end = end.map_err(driver("recording an event"))?;
         Ok(f64::from(self.start.elapsed_ms(&end).map_err(driver("measuring time"))?))
+    }
+
+    /// Ends the measurement at this point of the queue; nobody waits.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn stop(self) -> Result<Span> {
+        self.queue.gpu().bind()?;
+        let end = self.queue.stream().record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
+        Ok(Span { end: end.map_err(driver("recording an event"))?, timer: self })
+    }
+}
+
+/// A stretch of a queue's time, to be asked for later.
+#[derive(Debug)]
+pub struct Span {
+    timer: Timer,
+    end: CudaEvent,
+}
+
+impl Span {
+    /// Milliseconds from its start to its end; waits for the end.
+    ///
+    /// # Errors
+    /// If work failed.
+    pub fn milliseconds(&self) -> Result<f64> {
+        self.timer.queue.gpu().bind()?;
+        Ok(f64::from(self.timer.start.elapsed_ms(&self.end).map_err(driver("measuring time"))?))
     }
 }

@@ -8,7 +8,7 @@ use crate::device;
 use crate::evaluate::BatchTensors;
 use crate::mfu;
 use crate::optimizer::Optimizer;
-use crate::step::{StepSettings, take_step};
+use crate::step::{StepSettings, no_notes, take_step};
 use anyhow::{Result, ensure};
 use clap::ValueEnum;
 use rand_chacha::ChaCha8Rng;
@@ -96,7 +96,7 @@ fn measure_one(
         let batch = random_batch(&mut rng, config.vocab_size as u32, sequences, length);
         let step = StepSettings { number, learning_rate: 1e-4, loss_scale: 1.0 / tokens as f64, recompute: false };
         let started = Instant::now();
-        let outcome = take_step(&model, &optimizer, [BatchTensors::new(&batch, gpu)], &step)?;
+        let outcome = take_step(&model, &optimizer, [BatchTensors::new(&batch, gpu)], &step, no_notes)?;
         let seconds = started.elapsed().as_secs_f64();
         ensure!(outcome.is_finite(), "{name}: step {number} has a loss of {}", outcome.loss);
         if number > WARM_UP as u64 {

@@ -6,7 +6,7 @@ use super::{Row, Settings, time};
 use crate::config::OptimizerConfig;
 use crate::evaluate::BatchTensors;
 use crate::optimizer::Optimizer;
-use crate::step::{StepSettings, take_step};
+use crate::step::{StepSettings, no_notes, take_step};
 use anyhow::Result;
 use stickbreak_model::{AttentionKind, ModelConfig, Packing, Transformer, count};
 use stickbreak_tensor::{DType, Tensor};
@@ -44,7 +44,7 @@ pub(super) fn measure(settings: &Settings, each: &mut dyn FnMut(Row)) -> Result<
             StepSettings { number: 0, learning_rate: 1e-3, loss_scale: 1.0 / tokens as f64, recompute: false };
         let seconds = time(settings, || {
             step.number += 1;
-            take_step(&model, &optimizer, [Ok(batch.clone())], &step).map(drop)
+            take_step(&model, &optimizer, [Ok(batch.clone())], &step, no_notes).map(drop)
         })?;
         let flops = count::training_flops(&config, tokens, (SEQUENCES * LENGTH * LENGTH) as f64);
         each(Row::new("train", name, format!("{SEQUENCES} x {LENGTH} tokens"), seconds, flops, Some(tokens)));

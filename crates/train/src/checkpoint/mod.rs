@@ -22,7 +22,9 @@
 //! one, complete. The tests prove it by failing at every step and at many byte offsets ([`fault::FaultyDisk`]: a full
 //! disk, a killed process, a power cut that loses whatever was not fsynced), and by really killing a saving process.
 //!
-//! One process writes to a store at a time; any number may read.
+//! One process saves to a store at a time; any number may read. Others can help it: they write files into the temporary
+//! folder and check them ([`CheckpointStore::write_part`]), and the saving process takes their entries into the manifest
+//! ([`CheckpointWriter::adopt`]).
 
 mod disk;
 mod error;

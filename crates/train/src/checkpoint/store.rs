@@ -1,5 +1,6 @@
 //! The folder `checkpoints/` of a run.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -60,7 +61,7 @@ impl CheckpointStore {
         if keep.every == Some(0) {
             return Err(CheckpointError::Policy { name: "every", least: 1, found: 0 });
         }
-        let store = Self { root: root.into(), keep, disk };
+        let store = Self::attach(root, keep, disk);
         if !store.root.is_dir() {
             fs::create_dir_all(&store.root).map_err(io_error("create folder", &store.root))?;
             if let Some(parent) = store.root.parent().filter(|parent| parent.is_dir()) {
@@ -74,6 +75,11 @@ impl CheckpointStore {
             }
         }
         Ok(store)
+    }
+
+    /// The store that another process has opened, for reading and for taking part in its saves; changes nothing.
+    pub fn attach(root: impl Into<PathBuf>, keep: KeepPolicy, disk: Arc<dyn Disk>) -> Self {
+        Self { root: root.into(), keep, disk }
     }
 
     /// The store's folder.
@@ -112,7 +118,7 @@ impl CheckpointStore {
         if folder.exists() && Checkpoint::open(&folder).is_ok() {
             return Err(CheckpointError::Exists { path: folder, step });
         }
-        let temporary = self.root.join(format!(".tmp-{}-{}", step_name(step), std::process::id()));
+        let temporary = self.temporary_folder(step, std::process::id());
         let manifest = match self.write(step, &temporary, &folder, contents) {
             Ok(manifest) => manifest,
             Err(source) => {
@@ -128,6 +134,35 @@ impl CheckpointStore {
         Ok(Checkpoint { folder, manifest })
     }
 
+    /// Where the process with this number writes the checkpoint of `step`.
+    fn temporary_folder(&self, step: u64, process: u32) -> PathBuf {
+        self.root.join(format!(".tmp-{}-{process}", step_name(step)))
+    }
+
+    /// Writes files into a checkpoint that the process `saver` is saving ([`Self::save`]) and checks them. Their entries
+    /// have to get to that process, which takes them with [`CheckpointWriter::adopt`].
+    ///
+    /// # Errors
+    /// [`CheckpointError::Contents`] with the cause.
+    pub fn write_part(
+        &self,
+        step: u64,
+        saver: u32,
+        contents: impl FnOnce(&mut CheckpointWriter<'_>) -> anyhow::Result<()>,
+    ) -> Result<BTreeMap<String, FileEntry>, CheckpointError> {
+        let folder = self.temporary_folder(step, saver);
+        let write = || -> anyhow::Result<_> {
+            let mut writer = CheckpointWriter::new(&*self.disk, folder.clone());
+            contents(&mut writer)?;
+            let entries = writer.into_entries();
+            for (name, entry) in &entries {
+                check_contents(&folder.join(name), entry)?;
+            }
+            Ok(entries)
+        };
+        write().map_err(|source| CheckpointError::Contents { step, source })
+    }
+
     /// Steps 1 to 4 of a save, as the module's doc numbers them.
     fn write(
         &self,
@@ -141,8 +176,12 @@ impl CheckpointStore {
         disk.create_dir(temporary).map_err(io_error("create folder", temporary))?;
         let mut writer = CheckpointWriter::new(disk, temporary.to_owned());
         contents(&mut writer)?;
-        let manifest = writer.finish(step)?;
-        Checkpoint::verify(temporary, &manifest)?;
+        let (manifest, adopted) = writer.finish(step)?;
+        for (name, entry) in &manifest.files {
+            // Who wrote the others has read them back.
+            let path = temporary.join(name);
+            if adopted.contains(name) { check_length(&path, entry) } else { check_contents(&path, entry) }?;
+        }
         if folder.exists() {
             self.discard(step)?; // Damaged, or `save` would have refused.
         }
@@ -175,11 +214,24 @@ impl CheckpointStore {
     /// # Errors
     /// [`CheckpointError::NoSuchStep`] with the steps that exist, or what is wrong with which file.
     pub fn open_step(&self, step: u64) -> Result<Checkpoint, CheckpointError> {
+        Checkpoint::open(&self.existing_folder(step)?)
+    }
+
+    /// The checkpoint of `step`, of which only the lengths of the files are checked: for a rank that another one has told
+    /// that it is valid.
+    ///
+    /// # Errors
+    /// As [`Self::open_step`].
+    pub fn open_step_unread(&self, step: u64) -> Result<Checkpoint, CheckpointError> {
+        Checkpoint::open_unread(&self.existing_folder(step)?)
+    }
+
+    fn existing_folder(&self, step: u64) -> Result<PathBuf, CheckpointError> {
         let folder = self.step_folder(step);
-        if !folder.is_dir() {
-            return Err(CheckpointError::NoSuchStep { root: self.root.clone(), step, available: self.steps()? });
+        if folder.is_dir() {
+            return Ok(folder);
         }
-        Checkpoint::open(&folder)
+        Err(CheckpointError::NoSuchStep { root: self.root.clone(), step, available: self.steps()? })
     }
 
     /// Deletes the checkpoint of `step`, valid or not; nothing happens if there is none. For going back: a run that

@@ -1,6 +1,6 @@
 //! Writing the files of one checkpoint: streamed, hashed on the way, fsynced.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -20,11 +20,13 @@ pub struct CheckpointWriter<'disk> {
     disk: &'disk dyn Disk,
     folder: PathBuf,
     files: BTreeMap<String, FileEntry>,
+    /// Those of them that others wrote.
+    adopted: BTreeSet<String>,
 }
 
 impl<'disk> CheckpointWriter<'disk> {
     pub(super) fn new(disk: &'disk dyn Disk, folder: PathBuf) -> Self {
-        Self { disk, folder, files: BTreeMap::new() }
+        Self { disk, folder, files: BTreeMap::new(), adopted: BTreeSet::new() }
     }
 
     /// Writes the file `name`: `contents` streams its bytes, and when this returns they are on the disk.
@@ -37,12 +39,29 @@ impl<'disk> CheckpointWriter<'disk> {
         name: &str,
         contents: impl FnOnce(&mut FileWriter<'_>) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
+        self.check_new(name)?;
+        let entry = self.stream(name, contents)?;
+        self.files.insert(name.to_owned(), entry);
+        Ok(())
+    }
+
+    /// Takes up the file `name`, which another process has written into the same folder and checked
+    /// ([`super::CheckpointStore::write_part`]).
+    ///
+    /// # Errors
+    /// A name that is not plain or is taken.
+    pub fn adopt(&mut self, name: &str, entry: FileEntry) -> anyhow::Result<()> {
+        self.check_new(name)?;
+        self.files.insert(name.to_owned(), entry);
+        self.adopted.insert(name.to_owned());
+        Ok(())
+    }
+
+    fn check_new(&self, name: &str) -> anyhow::Result<()> {
         check_name(name)?;
         if self.files.contains_key(name) {
             return Err(CheckpointError::FileName { name: name.to_owned(), problem: "is written twice" }.into());
         }
-        let entry = self.stream(name, contents)?;
-        self.files.insert(name.to_owned(), entry);
         Ok(())
     }
 
@@ -59,12 +78,18 @@ impl<'disk> CheckpointWriter<'disk> {
         })
     }
 
-    /// Writes the manifest, the last file, and makes the folder's list of names durable.
-    pub(super) fn finish(self, step: u64) -> anyhow::Result<Manifest> {
+    /// Entries of the files written.
+    pub(super) fn into_entries(self) -> BTreeMap<String, FileEntry> {
+        self.files
+    }
+
+    /// Writes the manifest, the last file, and makes the folder's list of names durable. Returns with it the names of the
+    /// files that others wrote.
+    pub(super) fn finish(self, step: u64) -> anyhow::Result<(Manifest, BTreeSet<String>)> {
         let manifest = Manifest::new(step, self.files.clone());
         self.stream(MANIFEST_NAME, |out| Ok(out.write_all(&manifest.to_bytes())?))?;
         self.disk.sync_dir(&self.folder).map_err(io_error("sync folder", &self.folder))?;
-        Ok(manifest)
+        Ok((manifest, self.adopted))
     }
 
     fn stream(

@@ -9,6 +9,7 @@ mod train;
 use crate::device::DeviceOption;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -43,8 +44,8 @@ enum Command {
     },
     /// Time the parts.
     Bench(crate::bench::BenchArgs),
-    /// Say what this machine has and what will be used.
-    Doctor,
+    /// Say what this machine has and what will be used; or what a run on many GPUs will need and how fast it may be.
+    Doctor(crate::doctor::DoctorArgs),
     /// Write a run's report.html, or one chart of the length-extrapolation curves of several runs.
     Report {
         /// The run's folder; more than one with --length-curves.
@@ -63,8 +64,9 @@ pub fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            // At once, so that lines of several ranks do not mix.
+            let _ = std::io::stderr().write_all(format!("error: {error:#}\n").as_bytes());
+            crate::distributed::exit_code(&error).into()
         }
     }
 }
@@ -84,7 +86,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Generate(args) => generate::run(args),
         Command::Verify { folder, device } => crate::verify::verify(&folder, device.announce()?).map(drop),
         Command::Bench(args) => crate::bench::run(&args),
-        Command::Doctor => crate::doctor::run(),
+        Command::Doctor(args) => crate::doctor::run(&args),
         Command::Report { runs, length_curves: Some(path) } => crate::report::write_length_curves(&runs, &path),
         Command::Report { runs, length_curves: None } => {
             for run in runs {

@@ -2,11 +2,14 @@
 
 use crate::config::RunConfig;
 use crate::device::DeviceOption;
+use crate::distributed::{Timeouts, connect, launch, spawn};
 use crate::signal::StopFlag;
-use crate::trainer::{Trainer, TrainerOptions};
+use crate::trainer::{Trainer, TrainerOptions, program_version};
 use anyhow::Result;
 use clap::Args;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+use stickbreak_tensor::Device;
 
 #[derive(Args)]
 pub(super) struct TrainArgs {
@@ -25,6 +28,10 @@ pub(super) struct TrainArgs {
     /// Record some steps: where the time goes, as a table and as a trace in the run's folder.
     #[arg(long)]
     profile: bool,
+    /// Start so many processes on this machine, each with a GPU of its own. Under torchrun, srun or mpirun, which start
+    /// them themselves, leave it out.
+    #[arg(long, value_name = "N")]
+    gpus: Option<usize>,
     #[command(flatten)]
     device: DeviceOption,
 }
@@ -34,8 +41,28 @@ pub(super) fn run(args: TrainArgs) -> Result<()> {
     changes.extend(args.steps.map(|steps| format!("train.steps={steps}")));
     let config = RunConfig::load(&args.config, &changes)?;
     let folder = args.out.unwrap_or_else(|| Path::new("runs").join(&config.name));
-    let device = args.device.announce()?;
+    let launch = launch::detect_here()?;
+    if let Some(gpus) = args.gpus.filter(|_| !spawn::is_spawned()) {
+        return Ok(spawn::run_self(&launch, gpus)?);
+    }
+    spawn::end_with_launcher()?;
     let stop = StopFlag::on_signals()?;
-    let options = TrainerOptions { device, profile: args.profile, ..TrainerOptions::default() };
+    if launch.ranks > 1 && launch.rank == 0 {
+        eprintln!("{launch}");
+    }
+    let device = args.device.announce_for(&launch)?;
+    let collective = Duration::from_secs(config.distributed.timeout_seconds);
+    let timeouts = Timeouts { collective, ..Timeouts::default() };
+    let communicator = connect(&launch, device, &identity(&config, device), timeouts)?;
+    let options = TrainerOptions { device, profile: args.profile, communicator, ..TrainerOptions::default() };
     Trainer::open_with(config, &folder, stop, options)?.run().map(drop)
+}
+
+/// What has to be the same for all ranks, whose commands may have been typed on different machines.
+fn identity(config: &RunConfig, device: Device) -> Vec<(String, String)> {
+    let device = if device == Device::Cpu { "CPU" } else { "GPU" };
+    let config = blake3::hash(config.to_toml().as_bytes()).to_hex();
+    let entries =
+        [("program", program_version()), ("device", device.to_owned()), ("configuration", config.to_string())];
+    entries.map(|(name, value)| (name.to_owned(), value)).into()
 }

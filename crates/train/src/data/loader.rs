@@ -29,6 +29,41 @@ impl Cursor {
     }
 }
 
+/// A rank's share of the windows of every step: the order of the data does not depend on how many ranks there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// Windows of a step over all ranks, a multiple of `ranks`.
+    pub sequences: usize,
+    /// Whose share.
+    pub rank: usize,
+    /// Ranks that share.
+    pub ranks: usize,
+    /// Windows of one batch; divides the rank's share.
+    pub at_once: usize,
+}
+
+impl Share {
+    fn windows(&self) -> usize {
+        self.sequences / self.ranks
+    }
+
+    /// Batches of the rank in each step.
+    pub fn batches(&self) -> usize {
+        self.windows() / self.at_once
+    }
+
+    /// Position and number of windows of the rank's batch `index` in a step whose first window is at `position`.
+    pub fn batch(&self, position: u64, index: usize) -> (u64, usize) {
+        (position + (self.rank * self.windows() + index * self.at_once) as u64, self.at_once)
+    }
+
+    /// Those of all steps from `cursor` on, one behind the other: what [`super::Prefetch`] is asked for.
+    pub fn requests(self, cursor: Cursor) -> impl Iterator<Item = (u64, usize)> + Send + 'static {
+        let steps = (0..).map(move |step: u64| cursor.position + step * self.sequences as u64);
+        steps.flat_map(move |position| (0..self.batches()).map(move |index| self.batch(position, index)))
+    }
+}
+
 /// One row of packed documents.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {

@@ -29,7 +29,7 @@ pub mod tokens;
 
 pub use dataset::{Dataset, SplitName, TokenStream};
 pub use error::{DataError, FormatError, Result};
-pub use loader::{Batch, Cursor, IGNORED_LABEL, Loader};
+pub use loader::{Batch, Cursor, IGNORED_LABEL, Loader, Share};
 pub use manifest::Manifest;
 pub use prefetch::Prefetch;
 pub use prepare::{PrepareEvent, PrepareOptions, TokenizerChoice, Validation, prepare};

@@ -19,8 +19,7 @@ pub struct Prefetch {
 impl Prefetch {
     /// Starts reading: each item is the position and the number of windows of one batch.
     ///
-    /// For the steps of one rank: `(first_step..).map(move |step| (step * all + rank * mine, mine as usize))`. Fails when the
-    /// system starts no thread.
+    /// For the steps of one rank: [`super::Share::requests`]. Fails when the system starts no thread.
     pub fn start(
         loader: Arc<Loader>,
         requests: impl IntoIterator<Item = (u64, usize), IntoIter: Send + 'static>,

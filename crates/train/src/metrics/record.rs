@@ -80,6 +80,12 @@ pub struct TrainMetrics {
     /// below `device_milliseconds`, the GPU is the limit and not the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_milliseconds: Option<f64>,
+    /// On several GPUs: time that this one stood still for others, communication that nothing hid, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exposed_milliseconds: Option<f64>,
+    /// Ranks that shared the step; absent for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<usize>,
     /// Tokens trained on since the start of the run.
     pub tokens_seen: u64,
     /// Share of the device's peak rate, 0 to 1; absent for a device whose peak is not known.

@@ -93,6 +93,7 @@ impl EventWriter {
                 ("speed/milliseconds", train.milliseconds),
                 ("speed/device_milliseconds", train.device_milliseconds.unwrap_or(f64::NAN)),
                 ("speed/host_milliseconds", train.host_milliseconds.unwrap_or(f64::NAN)),
+                ("speed/exposed_milliseconds", train.exposed_milliseconds.unwrap_or(f64::NAN)),
                 ("speed/mfu", train.mfu.unwrap_or(f64::NAN)),
                 ("memory/peak_bytes", train.peak_memory_bytes.map_or(f64::NAN, |bytes| bytes as f64)),
             ]),

@@ -1,6 +1,6 @@
 //! What a run will need of memory, term by term, before it starts.
 
-use crate::config::RunConfig;
+use crate::config::{GradientType, RunConfig};
 use crate::device;
 use anyhow::{Error, Result, bail};
 use std::collections::BTreeMap;
@@ -12,6 +12,7 @@ use stickbreak_tensor::{DType, Device, TensorError};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Estimate {
     pub(super) parts: BTreeMap<String, u64>,
+    ranks: usize,
 }
 
 /// What the attention keeps of the sticks for its backward pass is at most this share of q, k, v and o; if it would be
@@ -32,9 +33,9 @@ struct Elements {
     tokens: u64,
 }
 
-fn elements(config: &RunConfig) -> Elements {
+fn elements(config: &RunConfig, ranks: usize) -> Elements {
     let model = &config.model;
-    let tokens = (config.micro_batch() * config.train.sequence_length) as u64;
+    let tokens = (config.micro_batch(ranks) * config.train.sequence_length) as u64;
     let (c, f) = (model.hidden_size as u64, model.intermediate_size as u64);
     let (q, kv) = ((model.num_heads * model.head_dim()) as u64, (model.kv_heads() * model.head_dim()) as u64);
     // Saved by a block: x twice, its norms, q, k, v, o; gate, up and their product.
@@ -46,48 +47,57 @@ fn elements(config: &RunConfig) -> Elements {
     Elements { parameters: count::parameters(model).total as u64, activations, in_flight, tokens }
 }
 
-/// The memory of a step at full shape.
-pub(super) fn estimate(config: &RunConfig, device: Device, dtype: DType) -> Estimate {
+/// The memory of a step at full shape on each of so many ranks.
+pub(super) fn estimate(config: &RunConfig, device: Device, dtype: DType, ranks: usize) -> Estimate {
     let parts = match device {
-        Device::Cpu => on_cpu(config, dtype),
-        Device::Cuda(_) => on_gpu(config, dtype),
+        Device::Cpu => on_cpu(config, dtype, ranks),
+        Device::Cuda(_) => on_gpu(config, dtype, ranks),
     };
-    Estimate { parts: parts.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)).collect() }
+    Estimate { parts: parts.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)).collect(), ranks }
 }
 
-fn on_cpu(config: &RunConfig, dtype: DType) -> Vec<(&'static str, u64)> {
+fn on_cpu(config: &RunConfig, dtype: DType, ranks: usize) -> Vec<(&'static str, u64)> {
     let (model, size) = (&config.model, dtype.size() as u64);
-    let Elements { parameters, activations, in_flight, tokens } = elements(config);
+    let Elements { parameters, activations, in_flight, tokens } = elements(config, ranks);
     let (vocabulary, c) = (model.vocab_size as u64, model.hidden_size as u64);
     let head = tokens * c + 2 * (vocabulary * c) + 512 * vocabulary;
     vec![
         ("parameters and gradients", 2 * parameters * size),
-        ("optimizer moments", 2 * parameters * size),
+        ("optimizer moments", 2 * parameters.div_ceil(ranks as u64) * size),
         ("activations", activations * size),
         ("output projection and loss", head * size),
         ("gradients of activations", in_flight * size),
     ]
 }
 
-fn on_gpu(config: &RunConfig, dtype: DType) -> Vec<(&'static str, u64)> {
+fn on_gpu(config: &RunConfig, dtype: DType, ranks: usize) -> Vec<(&'static str, u64)> {
     let (model, size) = (&config.model, dtype.size() as u64);
-    let Elements { parameters, activations, in_flight, tokens } = elements(config);
+    let Elements { parameters, activations, in_flight, tokens } = elements(config, ranks);
     let (vocabulary, c) = (model.vocab_size as u64, model.hidden_size as u64);
+    // Of what the optimizer keeps each rank has a shard.
+    let shard = parameters.div_ceil(ranks as u64);
     // Beside bf16 weights the optimizer keeps float32 ones.
-    let weights = if dtype == DType::BF16 { 4 + 2 } else { size };
+    let weights = parameters * size + if dtype == DType::BF16 { 4 * shard } else { 0 };
+    let rounded = ranks > 1 && config.distributed.gradient_dtype == GradientType::Bf16;
+    let on_the_wire = if rounded { parameters * 2 } else { 0 };
     // A chunk's logits; hidden states and their gradient; the weight's in float32.
     let head = LOGITS_CHUNK.min(tokens) * vocabulary * size + 2 * tokens * c * size + 4 * vocabulary * c;
     let kept_layers = if config.train.recompute { 1 } else { model.num_layers as u64 };
     vec![
-        ("weights", parameters * weights),
-        ("gradients of weights", parameters * 4),
-        ("optimizer moments", parameters * 8),
+        ("weights", weights),
+        ("gradients of weights", parameters * 4 + on_the_wire),
+        ("optimizer moments", shard * 8),
         ("activations", activations * size),
         ("state of the attention", kept_layers * attention_state(model, tokens, size)),
         ("output projection and loss", head),
         ("gradients of activations", in_flight * size),
         ("workspaces", GPU_OVERHEAD_BYTES),
     ]
+}
+
+/// What a run in bf16 needs of each of so many GPUs, by purpose: the terms of the check before a run.
+pub(crate) fn gpu_memory_terms(config: &RunConfig, ranks: usize) -> Vec<(&'static str, u64)> {
+    on_gpu(config, DType::BF16, ranks)
 }
 
 /// Bytes of one layer's attention state: a float32 a query and head, and for stick-breaking the sticks.
@@ -118,13 +128,13 @@ impl Estimate {
             return Ok(());
         }
         let (largest, bytes) = self.largest();
-        let fits = |smaller: &RunConfig| estimate(smaller, device, dtype).total() <= available;
+        let fits = |smaller: &RunConfig| estimate(smaller, device, dtype, self.ranks).total() <= available;
         bail!(
             "this run needs about {}, but {} are free on {device}; the largest term is {largest} with {}. {}",
             super::mib(self.total()),
             super::mib(available),
             super::mib(bytes),
-            advice(config, fits)
+            advice(config, self.ranks, fits)
         );
     }
 
@@ -145,17 +155,17 @@ impl Estimate {
              {}. {}",
             super::mib(self.total()),
             super::mib(bytes),
-            advice(config, |smaller| smaller.micro_batch() <= config.micro_batch() / 2)
+            advice(config, self.ranks, |smaller| smaller.micro_batch(self.ranks) <= config.micro_batch(self.ranks) / 2)
         ))
     }
 }
 
 /// The largest smaller micro-batch that `fits`, in words.
-fn advice(config: &RunConfig, fits: impl Fn(&RunConfig) -> bool) -> String {
-    let fitting = (1..config.micro_batch()).rev().find(|&micro| {
+fn advice(config: &RunConfig, ranks: usize, fits: impl Fn(&RunConfig) -> bool) -> String {
+    let fitting = (1..config.micro_batch(ranks)).rev().find(|&micro| {
         let mut smaller = config.clone();
         smaller.train.micro_batch = Some(micro);
-        config.sequences_per_step().is_multiple_of(micro) && fits(&smaller)
+        config.sequences_per_rank(ranks).is_multiple_of(micro) && fits(&smaller)
     });
     match fitting {
         Some(micro) => format!("train.micro_batch = {micro} fits"),
@@ -215,7 +225,7 @@ mod tests {
     #[test]
     fn a_run_too_large_names_its_largest_term_and_a_batch_that_fits() {
         let config = config(&[]);
-        let all = estimate(&config, Device::Cpu, DType::F32);
+        let all = estimate(&config, Device::Cpu, DType::F32, 1);
         all.check_within(&config, Device::Cpu, DType::F32, all.total()).unwrap();
         let message = all.check_within(&config, Device::Cpu, DType::F32, all.total() / 3).unwrap_err().to_string();
         assert!(message.contains("activations") && message.contains("train.micro_batch = 16 fits"), "{message}");
@@ -225,26 +235,31 @@ mod tests {
     fn a_gpus_terms_are_those_of_bf16_with_float32_masters() {
         let config = config(&[]);
         let n = count::parameters(&config.model).total as u64;
-        let parts = estimate(&config, CUDA, DType::BF16).parts;
+        let parts = estimate(&config, CUDA, DType::BF16, 1).parts;
         assert_eq!(parts["weights"], 6 * n);
         assert_eq!(parts["gradients of weights"], 4 * n);
         assert_eq!(parts["optimizer moments"], 8 * n);
         // 4 layers, 32768 tokens, 4 heads of 16: the remainder, and an eighth of q, k, v and o.
         assert_eq!(parts["state of the attention"], 4 * (32768 * 4 * 4 + 32768 * 4 * 64 * 2 / 8));
-        let of_f32 = estimate(&config, CUDA, DType::F32).parts;
+        let of_f32 = estimate(&config, CUDA, DType::F32, 1).parts;
         assert_eq!(of_f32["weights"], 4 * n);
         assert_eq!(of_f32["activations"], 2 * parts["activations"]);
-        let cpu = estimate(&config, Device::Cpu, DType::F32).parts;
+        // Two ranks share moments and masters.
+        let shared = estimate(&config, CUDA, DType::BF16, 2).parts;
+        assert_eq!((shared["weights"], shared["optimizer moments"]), (2 * n + 2 * n, 4 * n));
+        let rounded = estimate(&self::config(&["distributed.gradient_dtype=bf16"]), CUDA, DType::BF16, 2).parts;
+        assert_eq!(rounded["gradients of weights"], shared["gradients of weights"] + 2 * n);
+        let cpu = estimate(&config, Device::Cpu, DType::F32, 1).parts;
         assert_eq!(cpu["activations"], of_f32["activations"], "the same tensors are saved everywhere");
     }
 
     #[test]
     fn recomputing_keeps_one_block_and_a_smaller_batch_fits_less_memory() {
         let (kept, recomputed) = (config(&[]), config(&["train.recompute=true"]));
-        let bytes = |config: &RunConfig, part: &str| estimate(config, CUDA, DType::BF16).parts[part];
+        let bytes = |config: &RunConfig, part: &str| estimate(config, CUDA, DType::BF16, 1).parts[part];
         assert!(bytes(&recomputed, "activations") < bytes(&kept, "activations") / 2);
         assert_eq!(bytes(&recomputed, "state of the attention"), bytes(&kept, "state of the attention") / 4);
-        let all = estimate(&kept, CUDA, DType::BF16);
+        let all = estimate(&kept, CUDA, DType::BF16, 1);
         let available = GPU_OVERHEAD_BYTES + (all.total() - GPU_OVERHEAD_BYTES) / 3;
         let message = all.check_within(&kept, CUDA, DType::BF16, available).unwrap_err().to_string();
         assert!(message.contains("free on cuda:0") && message.contains("train.micro_batch = 16 fits"), "{message}");
@@ -255,7 +270,7 @@ mod tests {
     #[test]
     fn a_failed_allocation_of_the_trial_step_is_explained_and_other_errors_are_not() {
         let config = config(&[]);
-        let all = estimate(&config, CUDA, DType::BF16);
+        let all = estimate(&config, CUDA, DType::BF16, 1);
         let refused = KernelError::Cuda { doing: "allocating 12 bytes of device memory".into(), why: "no".into() };
         for error in [Error::from(refused.clone()), Error::from(TensorError::from(refused))] {
             let message = format!("{:#}", all.explain_out_of_memory(error, &config));
@@ -271,7 +286,7 @@ mod tests {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
         for name in ["125m.toml", "350m.toml", "1b.toml", "books-110m.toml"] {
             let config = RunConfig::load(&folder.join(name), &[]).unwrap();
-            let total = estimate(&config, CUDA, DType::BF16).total();
+            let total = estimate(&config, CUDA, DType::BF16, 1).total();
             assert!(total < 76_000_000_000, "{name} needs {}", super::super::mib(total));
         }
     }

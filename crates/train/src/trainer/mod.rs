@@ -5,14 +5,21 @@
 //! comes before an evaluation, so that an evaluation that dies loses nothing.
 
 mod memory;
+mod notes;
+mod opening;
+mod ranks;
+mod saving;
 mod snapshot;
 mod text;
 
-use crate::checkpoint::{CheckpointStore, Disk, KeepPolicy, RealDisk};
+use crate::checkpoint::{CheckpointStore, Disk, RealDisk};
 use crate::config::{ComputeType, NonFinite, RunConfig};
 use crate::console::Console;
-use crate::data::{Batch, Cursor, Prefetch};
+use crate::data::{Batch, Cursor, Prefetch, Share};
 use crate::device;
+use crate::distributed::Communicator;
+use crate::distributed::shards::ShardLayout;
+use crate::distributed::single::Single;
 use crate::evaluate::{self, BatchTensors};
 use crate::metrics::{MemoryMetrics, Record, RunMetrics, SampleMetrics, TrainMetrics};
 use crate::mfu;
@@ -23,15 +30,18 @@ use crate::schedule::learning_rate_factor;
 use crate::signal::StopFlag;
 use crate::step::{self, StepOutcome, StepSettings};
 use anyhow::{Context, Result, bail};
-use std::fs::{File, TryLockError};
+use notes::{HeardNotes, Notes, valid_tokens};
+use opening::{make_folder, measured_steps, open_store, open_text};
+use saving::Save;
+use std::collections::HashMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use stickbreak_autograd::ParameterId;
 use stickbreak_model::{Sampling, Transformer, count};
-use stickbreak_tensor::{DType, Device, Tensor};
+use stickbreak_tensor::{DType, Device};
 
-pub(crate) use memory::available_memory;
+pub(crate) use memory::{available_memory, gpu_memory_terms};
 pub use snapshot::program_version;
 pub use text::{Text, tokenizer_choice};
 
@@ -41,23 +51,42 @@ pub struct Trainer {
     folder: PathBuf,
     device: Device,
     dtype: DType,
-    /// Peak rate of the device in the run's dtype, in flop/s, where it is known.
+    communicator: Arc<dyn Communicator>,
+    /// Peak rate of all ranks' devices together in the run's dtype, in flop/s, where it is known.
     peak_flops: Option<f64>,
     profiler: Option<Profiler>,
     model: Transformer,
     optimizer: Optimizer,
     text: Text,
     store: CheckpointStore,
-    metrics: RunMetrics,
+    /// A checkpoint that is being written.
+    save: Option<Save>,
+    /// Of the leading rank alone.
+    metrics: Option<RunMetrics>,
+    /// By kind: the last step with a line in the metrics, as all ranks know it.
+    measured: HashMap<&'static str, u64>,
+    /// Set by signals to this process.
+    signal: StopFlag,
+    /// Set once the ranks have agreed to stop; of a rank that is alone, `signal` itself.
     stop: StopFlag,
+    /// The first rank that was asked to stop.
+    stopped_rank: Option<usize>,
     console: Console,
     step: u64,
     cursor: Cursor,
     tokens_seen: u64,
     training_seconds: f64,
     skipped_in_a_row: u32,
-    /// Held as long as the run is open; the system lets go of it when the process ends, however it ends.
-    _lock: File,
+    /// Held by the leading rank as long as the run is open; the system lets go of it when the process ends, however it
+    /// ends.
+    _lock: Option<File>,
+}
+
+/// The micro-batches of a step that this rank takes.
+struct StepBatches {
+    batches: Vec<Batch>,
+    /// Predicted tokens of the whole step, over all ranks.
+    valid_tokens: f64,
 }
 
 /// How a run ended.
@@ -77,11 +106,13 @@ pub struct TrainerOptions {
     pub disk: Arc<dyn Disk>,
     /// Whether some steps are recorded: see [`crate::profile`].
     pub profile: bool,
+    /// The ranks that train together.
+    pub communicator: Arc<dyn Communicator>,
 }
 
 impl Default for TrainerOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, disk: Arc::new(RealDisk), profile: false }
+        Self { device: Device::Cpu, disk: Arc::new(RealDisk), profile: false, communicator: Arc::new(Single) }
     }
 }
 
@@ -106,73 +137,84 @@ impl Trainer {
         Self::open_with(config, folder, stop, TrainerOptions { disk, ..TrainerOptions::default() })
     }
 
-    /// [`open`](Self::open) on any device. The configuration's `dtype` becomes what it means on that device.
+    /// [`open`](Self::open) on any device, and by any number of ranks, each of which opens the run with the same
+    /// configuration and a communicator of its own. The configuration's `dtype` becomes what it means on that device.
     ///
     /// # Errors
-    /// As [`open`](Self::open), or if the device does not compute in the dtype or cannot hold the run.
-    pub fn open_with(mut config: RunConfig, folder: &Path, stop: StopFlag, options: TrainerOptions) -> Result<Self> {
-        let TrainerOptions { device, disk, profile } = options;
+    /// As [`open`](Self::open), or if the device does not compute in the dtype or cannot hold the run, the ranks cannot
+    /// share the batch or have other data, or another rank is lost. The other ranks are told of an error.
+    pub fn open_with(config: RunConfig, folder: &Path, stop: StopFlag, options: TrainerOptions) -> Result<Self> {
+        let communicator = Arc::clone(&options.communicator);
+        Self::open_rank(config, folder, stop, options).inspect_err(|error| communicator.abort(&format!("{error:#}")))
+    }
+
+    fn open_rank(mut config: RunConfig, folder: &Path, signal: StopFlag, options: TrainerOptions) -> Result<Self> {
+        let TrainerOptions { device, disk, profile, communicator } = options;
+        let (rank, ranks) = (communicator.rank(), communicator.ranks());
+        let leads = rank == 0;
         let dtype = config.dtype.resolve(device)?;
         config.dtype = ComputeType::of(dtype);
+        config.check_ranks(ranks)?;
         if device != Device::Cpu {
             // Before the weights and moments are there: their allocation would be the first to fail.
-            memory::estimate(&config, device, dtype).check_fits(&config, device, dtype)?;
+            memory::estimate(&config, device, dtype, ranks).check_fits(&config, device, dtype)?;
         }
-        let text = Text::open(&config)?;
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let lock = lock(folder)?;
-        let keep = KeepPolicy {
-            last: config.checkpoint.keep_last,
-            every: (config.checkpoint.keep_every > 0).then_some(config.checkpoint.keep_every),
-        };
-        let store = CheckpointStore::open_on(folder.join("checkpoints"), keep, disk)?;
-        let model = Transformer::new_on(config.model.clone(), dtype, device)?;
-        let optimizer = Optimizer::new(config.optimizer.clone(), &model)?;
-        let checkpoint = store.latest_valid()?;
-        if let (None, Some(step)) = (&checkpoint, store.steps()?.last()) {
-            bail!(
-                "{} has checkpoints up to step {step}, but none of them is valid (see the warnings above); \
-                 move them away to start from the beginning",
-                store.root().display()
-            );
-        }
-        let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step());
+        let text = open_text(&config, &*communicator)?;
+        let lock = if leads { Some(make_folder(folder)?) } else { None };
+        let (store, checkpoint) = open_store(&config, folder, disk, &*communicator)?;
         if let Some(checkpoint) = &checkpoint {
             // Before the metrics are cut back to the checkpoint's step: a mistaken command must lose nothing.
             snapshot::check_identity(checkpoint, &config, &text.fingerprint)?;
         }
+        let model = Transformer::new_with(config.model.clone(), dtype, device, ShardLayout::arena(ranks))?;
+        let optimizer =
+            Optimizer::with_ranks(config.optimizer.clone(), &config.distributed, &model, Arc::clone(&communicator))?;
+        let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step());
+        let metrics = if leads { Some(RunMetrics::resume(folder, step)?) } else { None };
+        let peak = device::gpu_name(device).filter(|_| dtype == DType::BF16).and_then(|n| mfu::peak_flops(&n));
         let mut trainer = Self {
-            metrics: RunMetrics::resume(folder, step)?,
-            console: Console::new(config.train.steps),
+            measured: measured_steps(metrics.as_ref(), &*communicator)?,
+            metrics,
+            console: if leads { Console::new(config.train.steps) } else { Console::silent() },
             folder: folder.to_owned(),
             device,
             dtype,
             // The table's rates are those of bf16.
-            peak_flops: device::gpu_name(device).filter(|_| dtype == DType::BF16).and_then(|n| mfu::peak_flops(&n)),
-            profiler: profile.then(|| Profiler::start(folder, device)).transpose()?,
+            peak_flops: peak.map(|peak| peak * ranks as f64),
+            profiler: (profile && leads).then(|| Profiler::start(folder, device)).transpose()?,
             config,
             model,
             optimizer,
             text,
             store,
-            stop,
+            save: None,
+            stop: if ranks == 1 { signal.clone() } else { StopFlag::new() },
+            signal,
+            stopped_rank: None,
             step: 0,
             cursor: Cursor::default(),
             tokens_seen: 0,
             training_seconds: 0.0,
             skipped_in_a_row: 0,
             _lock: lock,
+            communicator,
         };
         match checkpoint {
             Some(checkpoint) => {
                 trainer.restore(&checkpoint)?;
                 trainer.console.line(&format!("resuming {} at step {}", folder.display(), trainer.step));
             }
-            None => trainer.model.initialise(trainer.config.seed)?,
+            None => {
+                trainer.model.initialise(trainer.config.seed)?;
+                trainer.optimizer.take_master(&trainer.model)?;
+            }
         }
-        let resolved = format!("# {}\n{}", program_version(), trainer.config.to_toml());
-        crate::checkpoint::write_atomically(&folder.join("config.toml"), resolved.as_bytes())
-            .with_context(|| format!("cannot write {}", folder.join("config.toml").display()))?;
+        ranks::agree_on_weights(&*trainer.communicator, &trainer.model)?;
+        if leads {
+            let resolved = format!("# {}\n{}", program_version(), trainer.config.to_toml());
+            crate::checkpoint::write_atomically(&folder.join("config.toml"), resolved.as_bytes())
+                .with_context(|| format!("cannot write {}", folder.join("config.toml").display()))?;
+        }
         Ok(trainer)
     }
 
@@ -181,16 +223,30 @@ impl Trainer {
         self.step
     }
 
+    /// The optimizer, and with it this rank's shard.
+    pub fn optimizer(&self) -> &Optimizer {
+        &self.optimizer
+    }
+
     /// The model as it is now.
     pub fn model(&self) -> &Transformer {
         &self.model
     }
 
-    /// Trains to the last step, or until a signal; then saves, evaluates, samples and writes the report.
+    /// Trains to the last step, or until a signal to any rank; then saves, evaluates, samples and writes the report.
     ///
     /// # Errors
-    /// If data, model or disk fail. What is saved stays valid.
+    /// If data, model or disk fail, here or on another rank. What is saved stays valid, and the other ranks are told.
     pub fn run(&mut self) -> Result<Outcome> {
+        let result = self.train();
+        if let Err(error) = &result {
+            self.communicator.abort(&format!("{error:#}"));
+            self.give_up_save();
+        }
+        result
+    }
+
+    fn train(&mut self) -> Result<Outcome> {
         let steps = self.config.train.steps;
         if self.step >= steps {
             self.console.line(&format!("nothing to train: step {} of {steps} is reached", self.step));
@@ -201,112 +257,124 @@ impl Trainer {
         self.preflight()?;
         // What an earlier process was stopped in, after its save.
         self.measure()?;
-        let per_step = self.config.sequences_per_step();
-        let micro = self.config.micro_batch();
-        let first = self.cursor.position;
-        let requests = (0..).map(move |i: u64| (first + i * micro as u64, micro));
-        let mut batches = Prefetch::start(self.text.train.clone(), requests)?;
+        let requests = self.share().requests(self.cursor);
+        let mut source = Prefetch::start(self.text.train.clone(), requests)?;
+        let mut next = self.first_batches(&mut source)?;
         while self.step < steps && !self.stop.is_set() {
+            let Some(batches) = next.take() else { break };
             if let Some(profiler) = &mut self.profiler {
                 profiler.begin_step();
             }
             let step = range("step");
-            let data = range("data");
-            let Some(batch) = self.next_step_batches(&mut batches, per_step / micro)? else { break };
-            drop(data);
             let started = Instant::now();
-            let outcome = self.train_step(&batch)?;
+            let outcome;
+            (outcome, next) = self.train_step(&batches, &mut source)?;
             let elapsed = started.elapsed();
             drop(step);
             if let Some(table) = self.profiler.as_mut().map(Profiler::end_step).transpose()?.flatten() {
                 self.console.line(&table);
             }
-            self.finish_step(&batch, outcome, elapsed)?;
+            self.finish_step(&outcome, elapsed)?;
             self.periodic_work()?;
         }
-        drop(batches);
+        drop(source);
         if let Some(table) = self.profiler.as_mut().map(Profiler::finish).transpose()?.flatten() {
             self.console.line(&table);
         }
-        self.save()?;
+        self.save(true)?;
         if self.stop.is_set() {
             return self.stopped();
         }
         self.finish()
     }
 
-    /// The micro-batches of one step; `None` if asked to stop while waiting.
-    fn next_step_batches(&self, batches: &mut Prefetch, count: usize) -> Result<Option<Vec<Batch>>> {
+    /// This rank's share of every step's windows.
+    fn share(&self) -> Share {
+        let (sequences, ranks) = (self.config.sequences_per_step(), self.ranks());
+        Share { sequences, rank: self.rank(), ranks, at_once: self.config.micro_batch(ranks) }
+    }
+
+    /// This rank's micro-batches of one step; `None` if this process was asked to stop while waiting.
+    fn next_batches(&self, source: &mut Prefetch) -> Result<Option<Vec<Batch>>> {
+        let _data = range("data");
+        let count = self.share().batches();
         let mut out = Vec::with_capacity(count);
         while out.len() < count {
-            if self.stop.is_set() {
+            if self.signal.is_set() {
                 return Ok(None);
             }
-            out.extend(batches.wait(Duration::from_millis(200))?);
+            out.extend(source.wait(Duration::from_millis(200))?);
         }
         Ok(Some(out))
     }
 
-    /// Forward and backward of all micro-batches, and the update.
-    fn train_step(&mut self, batches: &[Batch]) -> Result<StepOutcome> {
-        let valid_tokens: usize = batches.iter().map(|batch| batch.valid_tokens).sum();
+    /// The batches of the first step; those of all others are counted in the step before them.
+    fn first_batches(&mut self, source: &mut Prefetch) -> Result<Option<StepBatches>> {
+        let batches = self.next_batches(source)?;
+        let mine = [valid_tokens(batches.as_deref()), self.wants_to_stop()];
+        let told = self.communicator.gather_values("tokens of the first step", &mine)?;
+        self.hear_stop(told.iter().map(|values| values[1]));
+        let valid_tokens = told.iter().map(|values| values[0]).sum();
+        Ok(batches.map(|batches| StepBatches { batches, valid_tokens }))
+    }
+
+    /// Forward and backward of all micro-batches, and the update; with the outcome, the batches of the next step.
+    fn train_step(
+        &mut self,
+        StepBatches { batches, valid_tokens: count }: &StepBatches,
+        source: &mut Prefetch,
+    ) -> Result<(StepOutcome, Option<StepBatches>)> {
         let settings = StepSettings {
             number: self.step + 1,
             learning_rate: self.learning_rate(),
-            loss_scale: 1.0 / valid_tokens.max(1) as f64,
+            loss_scale: 1.0 / count.max(1.0),
             recompute: self.config.train.recompute,
+        };
+        let progress = self.save_progress();
+        let mut next = None;
+        // What the ranks tell each other with this step's loss, so that they need no exchange of its own.
+        let notes = || {
+            if self.step + 1 < self.config.train.steps {
+                next = self.next_batches(source)?;
+            }
+            let flops: f64 = batches.iter().map(|batch| batch_flops(&self.config, batch)).sum();
+            Ok(Notes { next_tokens: valid_tokens(next.as_deref()), stop: self.wants_to_stop(), progress, flops }
+                .to_values())
         };
         let tensors = batches.iter().map(|batch| {
             let _upload = range("upload");
             BatchTensors::new(batch, self.device)
         });
-        let outcome = step::take_step(&self.model, &self.optimizer, tensors, &settings)?;
+        let outcome = step::take_step(&self.model, &self.optimizer, tensors, &settings, notes)?;
+        let told: Vec<HeardNotes> = outcome.told.iter().map(|told| HeardNotes::new(&told.notes)).collect();
+        self.hear_stop(told.iter().map(|notes| notes.stop));
+        self.advance_save(&told.iter().map(|notes| notes.progress).collect::<Vec<_>>())?;
+        let valid_tokens = told.iter().map(|notes| notes.next_tokens).sum();
         self.cursor.position += self.config.sequences_per_step() as u64;
         self.tokens_seen += self.config.train.batch_tokens as u64;
         if outcome.is_finite() {
             self.skipped_in_a_row = 0;
         } else {
-            self.non_finite(outcome.loss)?;
+            self.non_finite(&outcome)?;
         }
         self.step += 1;
-        Ok(outcome)
+        Ok((outcome, next.map(|batches| StepBatches { batches, valid_tokens })))
     }
 
-    /// No update is made with a loss or gradient that is not finite: names the tensor, then stops or skips.
-    fn non_finite(&mut self, loss: f64) -> Result<()> {
+    /// No update is made with a loss or gradient that is not finite: names the rank and the tensor, then stops or skips.
+    fn non_finite(&mut self, outcome: &StepOutcome) -> Result<()> {
         let step = self.step + 1;
-        let gradient = || {
-            let broken = |gradient: &Tensor| !gradient.sum_of_squares().is_ok_and(f64::is_finite);
-            self.model.arena().iter().find(|(_, parameter)| broken(&parameter.gradient))
-        };
-        let culprit = if let Some(name) = self.non_finite_parameter() {
-            format!("the parameter {name}, hence the loss ({loss}),")
-        } else if let Some((entry, _)) = gradient() {
-            format!("the gradient of {}, with a loss of {loss},", entry.name)
-        } else {
-            format!("the loss ({loss}) or the sum of the squared gradients")
-        };
+        let losses: Vec<f64> = outcome.told.iter().map(|told| told.loss).collect();
+        let (rank, culprit) = self.non_finite_culprit(&losses, outcome.loss)?;
         self.skipped_in_a_row += 1;
         if self.config.train.non_finite == NonFinite::Skip && self.skipped_in_a_row < MOST_SKIPPED {
-            self.console.line(&format!("step {step}: {culprit} is not finite; this batch is skipped"));
+            self.console.line(&format!("step {step}, rank {rank}: {culprit} is not finite; this batch is skipped"));
             return Ok(());
         }
         bail!(
-            "step {step}, rank 0: {culprit} is not finite; the parameters were not updated. The last checkpoint is \
+            "step {step}, rank {rank}: {culprit} is not finite; the parameters were not updated. The last checkpoint is \
              intact; a lower optimizer.learning_rate or a longer schedule.warmup_steps usually helps"
         );
-    }
-
-    /// The first parameter with an infinity or a NaN in it.
-    fn non_finite_parameter(&self) -> Option<String> {
-        let arena = self.model.arena();
-        let finite = |tensor: &Tensor| tensor.sum_of_squares().is_ok_and(f64::is_finite);
-        if finite(arena.master()) {
-            return None;
-        }
-        let of = |index| arena.master_of(ParameterId(index)).is_ok_and(|master| finite(&master));
-        let broken = arena.entries().iter().enumerate().find(|&(index, _)| !of(index));
-        Some(broken.map_or("arena", |(_, entry)| &entry.name).to_owned())
     }
 
     fn learning_rate(&self) -> f64 {
@@ -315,12 +383,13 @@ impl Trainer {
     }
 
     /// Metrics and log line of a step.
-    fn finish_step(&mut self, batches: &[Batch], outcome: StepOutcome, elapsed: Duration) -> Result<()> {
+    fn finish_step(&mut self, outcome: &StepOutcome, elapsed: Duration) -> Result<()> {
         let seconds = elapsed.as_secs_f64();
         self.training_seconds += seconds;
         let taken = self.step - 1;
         let factor = learning_rate_factor(&self.config.schedule, taken, self.config.train.steps);
-        let flops: f64 = batches.iter().map(|batch| batch_flops(&self.config, batch)).sum();
+        let flops: f64 = outcome.told.iter().map(|told| HeardNotes::new(&told.notes).flops).sum();
+        let ranks = self.ranks();
         let metrics = TrainMetrics {
             step: self.step,
             loss: outcome.loss,
@@ -330,19 +399,26 @@ impl Trainer {
             milliseconds: 1e3 * seconds,
             device_milliseconds: outcome.device_milliseconds,
             host_milliseconds: outcome.host_milliseconds,
+            exposed_milliseconds: outcome.exposed_milliseconds,
+            ranks: (ranks > 1).then_some(ranks),
             tokens_seen: self.tokens_seen,
             mfu: mfu::utilisation(flops, seconds, self.peak_flops),
             peak_memory_bytes: Some(self.device.memory_use()?.peak as u64),
         };
-        self.metrics.append(&Record::Train(metrics.clone()))?;
+        self.record(Record::Train(metrics.clone()))?;
         self.console.step(&metrics, flops / seconds, self.step.is_multiple_of(self.config.train.log_every));
         Ok(())
+    }
+
+    /// Appends a line to the metrics, on the leading rank.
+    fn record(&mut self, record: Record) -> Result<()> {
+        self.metrics.as_mut().map_or(Ok(()), |metrics| Ok(metrics.append(&record)?))
     }
 
     /// Saves, evaluates and samples when their steps have come; a save first.
     fn periodic_work(&mut self) -> Result<()> {
         if self.is_due(self.config.checkpoint.every) {
-            self.save()?;
+            self.save(false)?;
         }
         self.measure()
     }
@@ -357,54 +433,43 @@ impl Trainer {
         if self.step == 0 || self.is_due(self.config.evaluation.every) {
             self.validate()?;
         }
-        if self.is_due(self.config.sample.every) {
-            self.sample()?;
+        if self.is_due(self.config.sample.every) && !self.is_measured("sample") {
+            self.optimizer.weights().settle()?;
+            if self.leads() {
+                self.sample()?;
+            }
+            self.measured.insert("sample", self.step);
+            // Cut short by a signal, it is made anew after the resume: the run stops before the next step.
+            self.agree_on_stop("sample")?;
         }
         Ok(())
     }
 
     /// Whether the metrics have a line of this kind for this step.
     fn is_measured(&self, kind: &str) -> bool {
-        self.metrics.last_step(kind) == Some(self.step)
+        self.measured.get(kind) == Some(&self.step)
     }
 
-    fn save(&mut self) -> Result<()> {
-        if self.step == 0 || self.store.open_step(self.step).is_ok() {
-            return Ok(());
-        }
-        // An update can overflow although its gradients were finite; such weights must not push out good ones.
-        if let Some(name) = self.non_finite_parameter() {
-            bail!(
-                "step {}, rank 0: the parameter {name} is not finite after the update, so this step is not saved. The \
-                 last checkpoint is intact; a lower optimizer.learning_rate usually helps",
-                self.step
-            );
-        }
-        let _save = range("save");
-        self.metrics.sync()?;
-        let checkpoint = self.store.save(self.step, |writer| self.write_checkpoint(writer))?;
-        self.console.line(&format!("saved {}", checkpoint.folder().display()));
-        Ok(())
-    }
-
-    /// The loss on the validation tokens; does nothing if it is known, if there are none, or if a signal comes.
+    /// The loss on the validation tokens, by all ranks; does nothing if it is known, if there are none, or if a signal
+    /// comes.
     fn validate(&mut self) -> Result<()> {
         let Some(valid) = self.text.valid.as_ref().filter(|_| !self.is_measured("valid")) else { return Ok(()) };
         let _evaluate = range("evaluate");
-        let Some(sum) = evaluate::loss(&self.model, valid, Some(self.config.evaluation.tokens), &self.stop)? else {
-            return Ok(());
-        };
+        self.optimizer.weights().settle()?;
+        let tokens = Some(self.config.evaluation.tokens);
+        let sum = evaluate::shared_loss(&self.model, valid, tokens, &self.signal, &*self.communicator)?;
+        let Some(sum) = sum else { return self.agree_on_stop("validation").map(drop) };
+        self.measured.insert("valid", self.step);
         let metrics = sum.metrics(self.step);
         self.console.validation(&metrics);
-        self.metrics.append(&Record::Valid(metrics))?;
-        Ok(())
+        self.record(Record::Valid(metrics))
     }
 
-    /// A continued prompt; nothing if it is known, or if a signal comes meanwhile.
+    /// A continued prompt; nothing if a signal comes meanwhile: it is made anew after the resume.
     fn sample(&mut self) -> Result<()> {
         let options = &self.config.sample;
         let Some(tokenizer) = self.text.tokenizer.as_ref().filter(|_| options.tokens > 0) else { return Ok(()) };
-        if self.stop.is_set() || self.is_measured("sample") {
+        if self.signal.is_set() {
             return Ok(());
         }
         let mut prompt = vec![tokenizer.end_of_text()];
@@ -417,22 +482,23 @@ impl Trainer {
             seed: self.config.seed,
         };
         let end = Some(tokenizer.end_of_text());
-        let stop = &self.stop;
-        let tokens = self.model.generate(&prompt, options.tokens, &sampling, end, |_| !stop.is_set())?;
-        if self.stop.is_set() {
-            // Cut short: it is made anew after the resume.
+        let signal = &self.signal;
+        let tokens = self.model.generate(&prompt, options.tokens, &sampling, end, |_| !signal.is_set())?;
+        if self.signal.is_set() {
             return Ok(());
         }
         let text = tokenizer.decode(&tokens)?;
         self.console.line(&format!("sample at step {}:\n{}{text}\n", self.step, options.prompt));
-        let metrics = SampleMetrics { step: self.step, prompt: options.prompt.clone(), text };
-        self.metrics.append(&Record::Sample(metrics))?;
-        Ok(())
+        self.record(Record::Sample(SampleMetrics { step: self.step, prompt: options.prompt.clone(), text }))
+    }
+
+    fn sync_metrics(&self) -> Result<()> {
+        self.metrics.as_ref().map_or(Ok(()), |metrics| Ok(metrics.sync()?))
     }
 
     fn stopped(&mut self) -> Result<Outcome> {
-        let cause = self.stop.cause().unwrap_or("request");
-        self.metrics.sync()?;
+        let cause = self.stop_cause();
+        self.sync_metrics()?;
         self.console.finish();
         self.console.line(&format!("stopped by {cause} at step {}; the same command goes on from there", self.step));
         Ok(Outcome::Stopped)
@@ -440,23 +506,30 @@ impl Trainer {
 
     /// After the last step: evaluation, length extrapolation, attention, a sample, the report.
     fn finish(&mut self) -> Result<Outcome> {
+        self.optimizer.weights().settle()?;
         self.validate()?;
-        self.extrapolate()?;
-        self.inspect()?;
-        self.sample()?;
-        self.metrics.sync()?;
-        if self.stop.is_set() {
+        if self.leads() {
+            self.extrapolate()?;
+            self.inspect()?;
+            if !self.is_measured("sample") {
+                self.sample()?;
+            }
+            self.sync_metrics()?;
+        }
+        if self.agree_on_stop("end of the run")? {
             return self.stopped();
         }
         self.console.finish();
-        let report = write_report(&self.folder)?;
-        self.console.line(&format!(
-            "{} steps, {} tokens in {:.0} s of training; report: {}",
-            self.step,
-            self.tokens_seen,
-            self.training_seconds,
-            report.display()
-        ));
+        if self.leads() {
+            let report = write_report(&self.folder)?;
+            self.console.line(&format!(
+                "{} steps, {} tokens in {:.0} s of training; report: {}",
+                self.step,
+                self.tokens_seen,
+                self.training_seconds,
+                report.display()
+            ));
+        }
         Ok(Outcome::Finished)
     }
 
@@ -475,10 +548,10 @@ impl Trainer {
         let open = |length| self.text.validation_windows(length);
         let (tokens, trained) = (evaluation.length_tokens, self.config.train.sequence_length);
         let metrics =
-            evaluate::length_extrapolation(&self.model, open, &lengths, tokens, trained, self.step, &self.stop)?;
+            evaluate::length_extrapolation(&self.model, open, &lengths, tokens, trained, self.step, &self.signal)?;
         if let Some(metrics) = metrics {
             self.console.lengths(&metrics);
-            self.metrics.append(&Record::Length(metrics))?;
+            self.record(Record::Length(metrics))?;
         }
         Ok(())
     }
@@ -486,13 +559,13 @@ impl Trainer {
     /// How far the stick reaches in each head, and where the heads look.
     fn inspect(&mut self) -> Result<()> {
         let Some(valid) = &self.text.valid else { return Ok(()) };
-        if self.stop.is_set() || self.is_measured("attention") {
+        if self.signal.is_set() || self.is_measured("attention") {
             return Ok(());
         }
         let batch = valid.batch(0, 1)?;
         let ids = BatchTensors::new(&batch, self.device)?.ids;
         if let Some(metrics) = crate::inspect::attention_metrics(&self.model, &ids, self.step)? {
-            self.metrics.append(&Record::Attention(metrics))?;
+            self.record(Record::Attention(metrics))?;
         }
         Ok(())
     }
@@ -503,12 +576,13 @@ impl Trainer {
         let parameters = count::parameters(&config.model);
         let epoch = self.text.train.windows() as f64 * config.train.sequence_length as f64;
         self.console.line(&format!(
-            "{}: {:.2}M parameters, {} attention, {} on {}, {} tokens a step ({} x {}), {} training tokens, {} threads",
+            "{}: {:.2}M parameters, {} attention, {} on {}{}, {} tokens a step ({} x {}), {} training tokens, {} threads",
             config.name,
             parameters.total as f64 / 1e6,
             attention_name(config),
             self.dtype,
             self.device,
+            if self.ranks() == 1 { String::new() } else { format!(" by each of {} ranks", self.ranks()) },
             config.train.batch_tokens,
             config.sequences_per_step(),
             config.train.sequence_length,
@@ -521,11 +595,12 @@ impl Trainer {
     /// An estimate of the memory, then one real step at full shape whose result is thrown away: weights, moments and the
     /// place in the data stay as they are.
     fn preflight(&mut self) -> Result<()> {
-        let estimate = memory::estimate(&self.config, self.device, self.dtype);
+        let estimate = memory::estimate(&self.config, self.device, self.dtype, self.ranks());
         if self.device == Device::Cpu {
             estimate.check_fits(&self.config, self.device, self.dtype)?;
         }
-        let batch = self.text.train.batch(self.cursor.position, self.config.micro_batch())?;
+        let (position, windows) = self.share().batch(self.cursor.position, 0);
+        let batch = self.text.train.batch(position, windows)?;
         let settings = StepSettings {
             number: self.step + 1,
             learning_rate: 0.0,
@@ -539,20 +614,9 @@ impl Trainer {
         self.console.line(&format!("memory: estimated {}, one step took {}", mib(estimate.total()), mib(peak)));
         let metrics = MemoryMetrics { step: self.step, peak_bytes: peak, parts: estimate.parts };
         if !self.is_measured("memory") {
-            self.metrics.append(&Record::Memory(metrics))?;
+            self.record(Record::Memory(metrics))?;
         }
         Ok(())
-    }
-}
-
-/// Two processes in one folder would tear each other's metrics and checkpoints.
-fn lock(folder: &Path) -> Result<File> {
-    let path = folder.join(".lock");
-    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!("another process is training in {}", folder.display()),
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }
 }
 

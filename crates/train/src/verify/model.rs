@@ -5,7 +5,7 @@ use super::{Comparison, ModelBounds, digest_results};
 use crate::config::OptimizerConfig;
 use crate::evaluate::BatchTensors;
 use crate::optimizer::Optimizer;
-use crate::step::{StepSettings, accumulate_gradients, take_step};
+use crate::step::{StepSettings, accumulate_gradients, no_notes, take_step};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use std::path::Path;
@@ -132,7 +132,7 @@ fn trajectory(case: &Case, folder: &Path, bounds: ModelBounds, digest: &mut blak
     let (mut loss_error, mut norm_error) = (0.0f64, 0.0f64);
     for (step, (&loss, &norm)) in std::iter::zip(&reference.loss, &reference.grad_norm).enumerate() {
         let settings = case.settings(step as u64 + 1, hyper.lr);
-        let found = take_step(&case.model, &optimizer, [Ok(case.batch.clone())], &settings)?;
+        let found = take_step(&case.model, &optimizer, [Ok(case.batch.clone())], &settings, no_notes)?;
         digest_results(digest, &[found.loss, found.gradient_norm]);
         loss_error = worse(loss_error, absolute(found.loss, loss));
         norm_error = worse(norm_error, (found.gradient_norm - norm).abs() / norm);

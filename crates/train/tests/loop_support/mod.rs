@@ -3,17 +3,20 @@
 #![allow(dead_code)] // Each test file uses a part.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
-use stickbreak_train::checkpoint::Disk;
+use stickbreak_train::checkpoint::{Disk, RealDisk};
 use stickbreak_train::config::RunConfig;
+use stickbreak_train::distributed::Communicator;
+use stickbreak_train::distributed::local::LocalGroup;
 use stickbreak_train::metrics::{Record, read_records};
 use stickbreak_train::signal::StopFlag;
-use stickbreak_train::trainer::{Outcome, Trainer};
+use stickbreak_train::trainer::{Outcome, Trainer, TrainerOptions};
 use tempfile::TempDir;
 
 /// 2 layers, 257 ids; about 21 windows of 32 tokens, of which a step takes 4 in two micro-batches: an epoch ends in
@@ -61,6 +64,9 @@ tokens = 8
 [checkpoint]
 every = 4
 "#;
+
+/// How long ranks wait for each other.
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Text that is easy to learn and never quite the same.
 pub fn sentences(bytes: usize, mut seed: u32) -> String {
@@ -131,18 +137,58 @@ impl Workspace {
         opened.and_then(|mut trainer| trainer.run()).map_err(|error| format!("{error:#}"))
     }
 
+    /// A run by ranks as threads: what each gave, by rank.
+    pub fn train_ranks(&self, name: &str, changes: &[&str], ranks: usize) -> Vec<Result<Outcome, String>> {
+        self.train_ranks_with(name, changes, ranks, TIMEOUT, |_| (StopFlag::new(), TrainerOptions::default()))
+    }
+
+    /// [`Self::train_ranks`] with a stop flag and options of its own for each rank, which may also replace the
+    /// communicator that it is given.
+    pub fn train_ranks_with(
+        &self,
+        name: &str,
+        changes: &[&str],
+        ranks: usize,
+        timeout: Duration,
+        prepare: impl Fn(Arc<dyn Communicator>) -> (StopFlag, TrainerOptions) + Sync,
+    ) -> Vec<Result<Outcome, String>> {
+        let run = |communicator: Arc<dyn Communicator>| {
+            let (stop, options) = prepare(Arc::clone(&communicator));
+            let replaced = options.communicator.ranks() == communicator.ranks();
+            let communicator = if replaced { Arc::clone(&options.communicator) } else { communicator };
+            let options = TrainerOptions { communicator, ..options };
+            let opened = Trainer::open_with(self.config(changes), &self.path(name), stop, options);
+            opened.and_then(|mut trainer| trainer.run()).map_err(|error| format!("{error:#}"))
+        };
+        let results = LocalGroup::run(ranks, timeout, run);
+        results.into_iter().map(|result| result.unwrap_or_else(|_| Err("panicked".into()))).collect()
+    }
+
+    /// A run by ranks that must all finish; its folder.
+    pub fn train_together(&self, name: &str, changes: &[&str], ranks: usize) -> PathBuf {
+        for result in self.train_ranks(name, changes, ranks) {
+            assert_eq!(result, Ok(Outcome::Finished));
+        }
+        self.path(name)
+    }
+
     /// The error of a run that must fail.
     pub fn error(&self, name: &str, changes: &[&str]) -> String {
         let opened = Trainer::open(self.config(changes), &self.path(name), StopFlag::new());
         format!("{:#}", opened.and_then(|mut trainer| trainer.run()).expect_err("must fail"))
     }
 
-    /// `stickbreak train` on this configuration.
+    /// `stickbreak train` on this configuration, on the CPU.
     pub fn command(&self, name: &str, changes: &[&str]) -> Command {
-        let mut command = stickbreak();
-        command.arg("train").arg(self.path("run.toml")).arg("--out").arg(self.path(name)).args(["--threads", "1"]);
         // Also where there is a GPU: these tests compare bits with runs of this process.
-        command.args(["--device", "cpu"]);
+        self.command_on("cpu", name, changes)
+    }
+
+    /// [`Self::command`] on a device.
+    pub fn command_on(&self, device: &str, name: &str, changes: &[&str]) -> Command {
+        let mut command = stickbreak();
+        command.arg("train").arg(self.path("run.toml")).arg("--out").arg(self.path(name));
+        command.args(["--threads", "1", "--device", device]);
         for change in changes {
             command.args(["--set", change]);
         }
@@ -212,6 +258,47 @@ impl Running {
     }
 }
 
+/// The process of a launcher's rank.
+pub fn process_of_rank(launcher: u32, rank: usize) -> u32 {
+    let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
+    let is_it = |child: &&str| {
+        let environment = fs::read(format!("/proc/{child}/environ")).unwrap_or_default();
+        environment.split(|&byte| byte == 0).any(|variable| variable == format!("RANK={rank}").as_bytes())
+    };
+    children.split_whitespace().find(is_it).expect("the launcher has a process of this rank").parse().unwrap()
+}
+
+/// Asks the run to stop while it writes the first file of a checkpoint.
+pub struct StopInSave(pub StopFlag);
+
+impl Disk for StopInSave {
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.create_dir(path)
+    }
+    fn create_file(&self, path: &Path) -> io::Result<File> {
+        self.0.trigger();
+        RealDisk.create_file(path)
+    }
+    fn write(&self, path: &Path, file: &mut File, bytes: &[u8]) -> io::Result<usize> {
+        RealDisk.write(path, file, bytes)
+    }
+    fn sync_file(&self, path: &Path, file: &File) -> io::Result<()> {
+        RealDisk.sync_file(path, file)
+    }
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.sync_dir(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        RealDisk.rename(from, to)
+    }
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        RealDisk.remove_file(path)
+    }
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.remove_dir(path)
+    }
+}
+
 /// Every line of a run's metrics, without times and memory.
 pub fn records(run: &Path) -> Vec<Record> {
     let mut records = read_records(&run.join("metrics.jsonl")).unwrap();
@@ -219,6 +306,8 @@ pub fn records(run: &Path) -> Vec<Record> {
     for record in &mut records {
         if let Record::Train(train) = record {
             (train.tokens_per_second, train.milliseconds, train.peak_memory_bytes) = (0.0, 0.0, None);
+            (train.device_milliseconds, train.host_milliseconds, train.exposed_milliseconds) = (None, None, None);
+            train.mfu = None;
         }
     }
     records
@@ -265,8 +354,15 @@ pub fn damage(file: &Path) {
 pub fn assert_same_run(a: &Path, b: &Path, step: u64) {
     let folder = format!("checkpoints/step-{step:08}");
     let (a_step, b_step) = (a.join(&folder), b.join(&folder));
-    for name in ["model.safetensors", "optimizer.safetensors"] {
-        assert!(fs::read(a_step.join(name)).unwrap() == fs::read(b_step.join(name)).unwrap(), "{name} differs");
+    let tensors = |folder: &Path| {
+        let mut files = contents(folder);
+        files.retain(|path, _| path.extension().is_some_and(|extension| extension == "safetensors"));
+        files.into_iter().map(|(path, bytes)| (path.file_name().unwrap().to_owned(), bytes)).collect::<Vec<_>>()
+    };
+    let (of_a, of_b) = (tensors(&a_step), tensors(&b_step));
+    assert!(of_a.len() > 1 && of_a.len() == of_b.len(), "{} and {} files", of_a.len(), of_b.len());
+    for ((name, a), (other, b)) in std::iter::zip(of_a, of_b) {
+        assert!(name == other && a == b, "{name:?} differs");
     }
     let state = |folder: &Path| {
         let mut state: serde_json::Value =

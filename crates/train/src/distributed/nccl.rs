@@ -1,0 +1,302 @@
+//! Ranks with a GPU each: collectives by NCCL, on a queue of their own beside the one that computes.
+//!
+//! A collective starts behind the work that the computing queue holds, and its ticket lets that queue's later work wait for
+//! it; both by marks on the device, so the host goes on. What the host waits for (values, barriers) goes over the
+//! control plane (`control.rs`), and a watchdog (`nccl/watchdog.rs`) ends the process if the group breaks.
+
+#![allow(unsafe_code)]
+
+mod library;
+mod watchdog;
+
+use super::control::{Control, Timeouts};
+use super::error::Failure;
+use super::host;
+use super::launch::{Launch, Master};
+use super::rendezvous::{self, Luggage};
+use super::{Call, Communicator, CommunicatorError, Pending, Reduction, Result, Ticket};
+use library::{Nccl, Op, Raw, Work};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use stickbreak_kernels::cuda::{Event, Queue};
+use stickbreak_tensor::{Device, Tensor, cuda};
+use watchdog::{Outstanding, Watched};
+
+/// Time for the ranks to part in order.
+const PARTING: Duration = Duration::from_secs(5);
+
+/// The communicator of a process with a GPU.
+#[derive(Debug)]
+pub struct NcclCommunicator {
+    watched: Arc<Watched>,
+    watchdog: Option<JoinHandle<()>>,
+    ordinal: usize,
+    /// The device's one queue, on which all tensors are used.
+    computing: Queue,
+    communicating: Queue,
+    /// Collectives are started one at a time, in one order for device, list and numbers.
+    starting: Mutex<()>,
+}
+
+/// The version of the library that is there and where it was found; else where it was looked for.
+///
+/// # Errors
+/// If it is not found, is too old, or is broken.
+pub fn version() -> std::result::Result<String, String> {
+    library::nccl().map(|nccl| format!("{} ({})", nccl.version(), nccl.place()))
+}
+
+impl NcclCommunicator {
+    /// Meets the other ranks and connects this one's device with theirs.
+    pub(super) fn connect(
+        launch: &Launch,
+        master: &Master,
+        ordinal: usize,
+        identity: &[(String, String)],
+        timeouts: Timeouts,
+    ) -> Result<Self> {
+        const START: &str = "connecting the GPUs";
+        let refuse = |why: String| CommunicatorError::Gpu { rank: launch.rank, collective: START.to_owned(), why };
+        let nccl = library::nccl().map_err(refuse)?;
+        let computing = cuda::queue(ordinal).map_err(|error| refuse(error.to_string()))?;
+        let gpu = |error: stickbreak_kernels::KernelError| refuse(error.to_string());
+        let mut identity = identity.to_vec();
+        identity.push(("version of NCCL".to_owned(), nccl.version().to_string()));
+        let luggage = Luggage {
+            identity: &identity,
+            device: Some(computing.gpu().uuid().map_err(gpu)?),
+            for_all: if launch.rank == 0 { nccl.unique_id().map_err(refuse)? } else { Vec::new() },
+        };
+        let met = rendezvous::meet(launch, master, luggage, timeouts)?;
+        let communicating = computing.beside().map_err(gpu)?;
+        let raw = connect_device(nccl, &met.for_all, &met.control, timeouts.start).map_err(|why| {
+            // The others learn from the control plane; what they know of each other says more than a late NCCL.
+            let error = met.control.check(START).err();
+            met.control.fail(Failure::Lost { culprit: launch.rank, reason: format!("could not connect: {why}") });
+            error.unwrap_or_else(|| refuse(why))
+        })?;
+        if launch.rank == 0 {
+            let mut hosts = met.hosts.clone();
+            hosts.dedup();
+            tracing::info!(
+                "{} ranks on {} are connected by NCCL {} ({})",
+                launch.ranks,
+                hosts.join(", "),
+                nccl.version(),
+                nccl.place()
+            );
+        }
+        let watched = Arc::new(Watched {
+            control: met.control,
+            raw,
+            outstanding: Mutex::new(Outstanding::new()),
+            timeout: timeouts.collective,
+            closing: AtomicBool::new(false),
+        });
+        let watchdog = watchdog::start(Arc::clone(&watched)).map_err(|error| refuse(error.to_string()))?;
+        let starting = Mutex::default();
+        Ok(Self { watched, watchdog: Some(watchdog), ordinal, computing, communicating, starting })
+    }
+
+    fn call<'a>(&self, collective: &'static str, what: &'a str) -> Call<'a> {
+        Call { rank: self.rank(), ranks: self.ranks(), collective, what }
+    }
+
+    /// The addresses of tensors that are checked, on this rank's device.
+    fn addresses<const N: usize>(&self, call: Call<'_>, tensors: [&Tensor; N]) -> Result<[u64; N]> {
+        let mut addresses = [0; N];
+        for (address, tensor) in addresses.iter_mut().zip(tensors) {
+            let own = Device::Cuda(self.ordinal);
+            *address = tensor.device_address().filter(|_| tensor.device() == own).ok_or_else(|| {
+                call.refuse(format!("a tensor is on {}, but this rank's device is {own}", tensor.device()))
+            })?;
+        }
+        Ok(addresses)
+    }
+
+    /// Puts a collective on the communicating queue, behind what the computing queue holds.
+    ///
+    /// # Safety
+    /// The addresses in `work` are those of `tensors`, as [`Raw::start`] wants them.
+    unsafe fn start(&self, call: Call<'_>, work: Work, tensors: [&Tensor; 2]) -> Result<Ticket> {
+        let name = call.name();
+        let refuse = |why: String| CommunicatorError::Gpu { rank: call.rank, collective: name.clone(), why };
+        let gpu = |error: stickbreak_kernels::KernelError| refuse(error.to_string());
+        let Watched { control, raw, outstanding, timeout, .. } = &*self.watched;
+        let _one_at_a_time = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
+        control.check(&name)?;
+        if tensors[0].elements() == 0 {
+            return Ok(Ticket::done());
+        }
+        let list = || outstanding.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = control.count_collective();
+        list().push(number, name.clone());
+        self.communicating.wait_for(&self.computing.mark().map_err(gpu)?).map_err(gpu)?;
+        let stream = self.communicating.stream().cu_stream().cast();
+        // Until the computing queue, in whose order memory is used and freed, waits for the collective; for ever if that
+        // cannot be arranged any more.
+        let kept = tensors.map(Clone::clone);
+        // SAFETY: the caller's promise about the addresses, and `kept`.
+        unsafe { raw.start(work, tensors[0].dtype(), stream) }.map_err(refuse)?;
+        // Most often it is begun at once. Connections that are made at first use need the other ranks, and the watchdog
+        // knows whom to blame before this time is over.
+        let begun = wait_until_begun(raw, control, 2 * *timeout);
+        match begun.and_then(|()| self.communicating.mark().map_err(|error| error.to_string())) {
+            Ok(mark) => {
+                let over = Arc::new(mark);
+                list().begun(number, Arc::clone(&over));
+                let (watched, computing) = (Arc::clone(&self.watched), self.computing.clone());
+                Ok(Ticket::pending(Box::new(UnderWay { watched, computing, over, tensors: kept, name })))
+            }
+            Err(why) => {
+                std::mem::forget(kept);
+                control.check(&name)?;
+                Err(refuse(why))
+            }
+        }
+    }
+}
+
+/// Connects the device whose queue was used last on this thread.
+fn connect_device(
+    nccl: &'static Nccl,
+    id: &[u8],
+    control: &Control,
+    timeout: Duration,
+) -> std::result::Result<Raw, String> {
+    let raw = Raw::begin(nccl, id, control.rank(), control.ranks())?;
+    let connected = wait_until_begun(&raw, control, timeout);
+    if let Err(why) = connected {
+        raw.abort();
+        return Err(why);
+    }
+    Ok(raw)
+}
+
+/// Waits until NCCL has begun what it was asked for, while the group holds.
+fn wait_until_begun(raw: &Raw, control: &Control, timeout: Duration) -> std::result::Result<(), String> {
+    let end = Instant::now() + timeout;
+    let mut pause = Duration::from_micros(10);
+    while !raw.status()? {
+        if control.failure().is_some() {
+            return Err("another rank failed".to_owned());
+        }
+        if Instant::now() > end {
+            return Err(format!("NCCL did not begin within {:.1} s", timeout.as_secs_f64()));
+        }
+        thread::sleep(pause);
+        pause = (2 * pause).min(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+impl Communicator for NcclCommunicator {
+    fn rank(&self) -> usize {
+        self.watched.control.rank()
+    }
+
+    fn ranks(&self) -> usize {
+        self.watched.control.ranks()
+    }
+
+    fn all_reduce(&self, what: &str, tensor: &Tensor, reduction: Reduction) -> Result<Ticket> {
+        let call = self.call("all_reduce", what);
+        call.tensor("tensor", tensor)?;
+        let [memory] = self.addresses(call, [tensor])?;
+        let op = match reduction {
+            Reduction::Sum => Op::Sum,
+            Reduction::Max => Op::Max,
+        };
+        let work = Work::AllReduce { memory, count: tensor.elements(), op };
+        // SAFETY: the tensor is contiguous, and its memory is used in the order of the computing queue only.
+        unsafe { self.start(call, work, [tensor, tensor]) }
+    }
+
+    fn reduce_scatter(&self, what: &str, from: &Tensor, to: &Tensor) -> Result<Ticket> {
+        let call = self.call("reduce_scatter", what);
+        call.parts(("to", to), ("from", from))?;
+        let [source, target] = self.addresses(call, [from, to])?;
+        let work = Work::ReduceScatter { from: source, to: target, count: to.elements() };
+        // SAFETY: both are contiguous, of one type, `from` is as large as all parts, and they overlap as NCCL allows.
+        unsafe { self.start(call, work, [from, to]) }
+    }
+
+    fn all_gather(&self, what: &str, from: &Tensor, to: &Tensor) -> Result<Ticket> {
+        let call = self.call("all_gather", what);
+        call.parts(("from", from), ("to", to))?;
+        let [source, target] = self.addresses(call, [from, to])?;
+        let work = Work::AllGather { from: source, to: target, count: from.elements() };
+        // SAFETY: both are contiguous, of one type, `to` is as large as all parts, and they overlap as NCCL allows.
+        unsafe { self.start(call, work, [from, to]) }
+    }
+
+    fn broadcast(&self, what: &str, tensor: &Tensor, root: usize) -> Result<Ticket> {
+        let call = self.call("broadcast", what);
+        call.tensor("tensor", tensor)?;
+        call.root(root)?;
+        let [memory] = self.addresses(call, [tensor])?;
+        let work = Work::Broadcast { memory, count: tensor.elements(), root };
+        // SAFETY: as in all_reduce.
+        unsafe { self.start(call, work, [tensor, tensor]) }
+    }
+
+    fn gather_values(&self, what: &str, values: &[f64]) -> Result<Vec<Vec<f64>>> {
+        host::gather_values(&self.watched.control, self.call("gather_values", what), values)
+    }
+
+    fn abort(&self, reason: &str) {
+        host::abort(&self.watched.control, reason);
+        let watched = Arc::clone(&self.watched);
+        // Ends the kernels that wait for other ranks, so that this process can end; on a thread, since it may hang itself.
+        thread::spawn(move || watched.raw.abort());
+    }
+}
+
+impl Drop for NcclCommunicator {
+    fn drop(&mut self) {
+        let watched = &self.watched;
+        let broken = || thread::panicking() || watched.control.failure().is_some();
+        if !broken() {
+            // What is under way ends, or the watchdog ends the process.
+            let _ = self.communicating.synchronize();
+        }
+        watched.closing.store(true, Ordering::Release);
+        if let Some(watchdog) = self.watchdog.take() {
+            let _ = watchdog.join();
+        }
+        if !broken() {
+            return watched.raw.close(PARTING);
+        }
+        let aborting = Arc::clone(watched);
+        let abort = thread::spawn(move || aborting.raw.abort());
+        let end = Instant::now() + PARTING;
+        while !abort.is_finished() && Instant::now() < end {
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// A collective on the communicating queue.
+struct UnderWay {
+    watched: Arc<Watched>,
+    computing: Queue,
+    over: Arc<Event>,
+    tensors: [Tensor; 2],
+    name: String,
+}
+
+impl Pending for UnderWay {
+    fn join(self: Box<Self>) -> Result<()> {
+        let Self { watched, computing, over, tensors, name } = *self;
+        let control = &watched.control;
+        if let Err(error) = computing.wait_for(&over) {
+            // Their memory must not go back while the collective may still use it.
+            std::mem::forget(tensors);
+            let (rank, why) = (control.rank(), error.to_string());
+            return Err(CommunicatorError::Gpu { rank, collective: name, why });
+        }
+        control.check(&name)
+    }
+}
