@@ -79,7 +79,8 @@ pub fn gpu_name(device: Device) -> Option<String> {
 /// If one does not compile, with the compiler's log.
 pub fn prepare_kernels(config: &ModelConfig, dtype: DType, device: Device, tell: impl Fn(&str) + Sync) -> Result<()> {
     let Some(queue) = queue(device)? else { return Ok(()) };
-    let sources: Vec<Source> = all_sources().into_iter().filter(|source| is_used(source, config, dtype)).collect();
+    let sources = all_sources(&queue.gpu().architecture());
+    let sources: Vec<Source> = sources.into_iter().filter(|source| is_used(source, config, dtype)).collect();
     let started = Instant::now();
     let last = Mutex::new(Instant::now());
     queue.gpu().prepare(&sources, |done| {
