@@ -26,9 +26,6 @@
 // Nothing is added up through memory: each output is written once, by one thread block, in a fixed order.
 // bf16 appears in the inputs, in A and dz as operands of products, and in outputs; all else is float.
 
-#ifndef KEYS
-#define KEYS (HEAD_DIM > 128 ? 32 : 64)
-#endif
 // Warps and row tiles (of 16) per warp, and stages of the copies, of each pass.
 #ifndef FORWARD_WARPS
 #define FORWARD_WARPS 4
@@ -62,56 +59,8 @@
 #define STAGES 2
 #endif
 
-constexpr int PIECE = 64;
 constexpr int TILE_BYTES = KEYS * ROW_BYTES;
 static_assert(KEYS % FORWARD_KEYS == 0 && PIECE % KEYS == 0, "blocks of keys must nest");
-
-// The backward pass, and the forward pass on saturated scores, clamp 2^z here, only against infinity: 1 - beta below 2^-60
-// is nothing to any row that has more than one key.
-constexpr float ODDS_LIMIT = 60.0f;
-
-// One entry of the tile lists: a run of rows (or keys) of one document.
-struct Tile {
-    // First token of the document, its length, the tile's first row in it, the document's first state entry, the
-    // document's first piece.
-    int start, length, first, entry, piece;
-};
-DEVICE Tile read_tile(const int* tiles, int index) {
-    tiles += index * 5;
-    return {tiles[0], tiles[1], tiles[2], tiles[3], tiles[4]};
-}
-
-// Blocks of keys that rows below `end` see (the last of them; end >= 1).
-template <int keys = KEYS> DEVICE int visible_blocks(int end, int own_key) { return (end - 1 + own_key + keys - 1) / keys; }
-DEVICE int first_entry(const Tile& tile, int piece) { return tile.entry + piece * (piece + 1) / 2 * (PIECE / KEYS); }
-
-// The smaller one; NaN if there is one, so that a NaN in q or k shows in the output.
-DEVICE float clamp(float x, float limit) {
-    float y;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
-    return y;
-}
-
-// Products over the quad's lanes: `newer` over the lanes of newer keys (larger c), `all` over the four.
-DEVICE void scan_products(float x, float& newer, float& all) {
-    int c = threadIdx.x & 3;
-    float next = __shfl_down_sync(FULL_MASK, x, 1, 4);
-    if (c == 3) next = 1.0f;
-    float second = __shfl_down_sync(FULL_MASK, x * next, 2, 4);
-    if (c >= 2) second = 1.0f;
-    newer = next * second;
-    all = __shfl_sync(FULL_MASK, x * newer, 0, 4);
-}
-// Sums over the quad's lanes: `older` over the lanes of older keys (smaller c), `all` over the four.
-DEVICE void scan_sums(float x, float& older, float& all) {
-    int c = threadIdx.x & 3;
-    float next = __shfl_up_sync(FULL_MASK, x, 1, 4);
-    if (c == 0) next = 0.0f;
-    float second = __shfl_up_sync(FULL_MASK, x + next, 2, 4);
-    if (c < 2) second = 0.0f;
-    older = next + second;
-    all = __shfl_sync(FULL_MASK, x + older, 3, 4);
-}
 
 // Hides from each row the keys from its own on (or past its own): their odds become 0 (factor is not 0). `row` is the lane's row of tile 0,
 // `key` its first key, both counted in the document.

@@ -152,7 +152,7 @@ impl Gpu {
     pub fn architecture(&self) -> String {
         match self.compute_capability {
             // The only way to wgmma and setmaxnreg.
-            (9, 0) => "sm_90a".into(),
+            (9, 0) => super::HOPPER.into(),
             (major, minor) => format!("sm_{major}{minor}"),
         }
     }

@@ -4,6 +4,7 @@
 
 use super::device::driver;
 use super::queue::Queue;
+use super::tensor_map::{MAP_BYTES, TensorMap};
 use super::view::{DeviceMut, DeviceRef};
 use crate::{KernelError, Result};
 use cudarc::driver::{CudaFunction, CudaModule, result, sys};
@@ -141,11 +142,21 @@ impl Kernel {
 impl Queue {
     /// Puts a kernel on the queue. Crate-private: an op calls it after its spec has been checked against its views.
     pub(crate) fn launch(&self, kernel: &Kernel, shape: Launch, arguments: &[Arg]) -> Result<()> {
+        self.launch_with_maps(kernel, shape, &[], arguments)
+    }
+
+    /// The same for a kernel whose first parameters are tensor maps.
+    pub(crate) fn launch_with_maps(
+        &self,
+        kernel: &Kernel,
+        shape: Launch,
+        maps: &[TensorMap<'_>],
+        arguments: &[Arg],
+    ) -> Result<()> {
         let loaded = &*kernel.inner;
-        let fits = arguments.len() == loaded.parameters.len()
-            && std::iter::zip(arguments, &loaded.parameters).all(|(argument, &bytes)| argument.bytes == bytes);
-        if !fits || arguments.len() > MAX_ARGUMENTS {
-            let found: Vec<u8> = arguments.iter().map(|argument| argument.bytes).collect();
+        let found = maps.iter().map(|_| MAP_BYTES as u8).chain(arguments.iter().map(|argument| argument.bytes));
+        if !found.clone().eq(loaded.parameters.iter().copied()) || maps.len() + arguments.len() > MAX_ARGUMENTS {
+            let found: Vec<u8> = found.collect();
             return Err(KernelError::cuda(
                 format!("launching {}", loaded.entry),
                 format!("its parameters have {:?} bytes, the arguments {found:?}", loaded.parameters),
@@ -158,14 +169,18 @@ impl Queue {
         self.gpu().bind()?;
         let mut bits = [0u64; MAX_ARGUMENTS];
         let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_ARGUMENTS];
+        for (pointer, map) in pointers.iter_mut().zip(maps) {
+            *pointer = std::ptr::from_ref(map.encoded()).cast_mut().cast();
+        }
         for (index, argument) in arguments.iter().enumerate() {
             bits[index] = argument.bits;
-            pointers[index] = (&raw mut bits[index]).cast();
+            pointers[maps.len() + index] = (&raw mut bits[index]).cast();
         }
         let (x, y, z) = (shape.grid[0], shape.grid[1], shape.grid[2]);
         // SAFETY: the arguments agree with the kernel's parameters in number and size (checked above; the machine is
         // little-endian, so that the low bytes come first). Pointers come from views, whose lengths the calling op has
-        // checked against its spec, and which by their constructors' contract stay valid until the work is done.
+        // checked against its spec, and which by their constructors' contract stay valid until the work is done; a map's
+        // memory was checked when it was made. The driver reads the arguments during the call and writes none.
         let launched = unsafe {
             result::launch_kernel(
                 loaded.function.cu_function(),
@@ -173,7 +188,7 @@ impl Queue {
                 (shape.block, 1, 1),
                 shape.shared as u32,
                 self.stream().cu_stream(),
-                &mut pointers[..arguments.len()],
+                &mut pointers[..maps.len() + arguments.len()],
             )
         };
         launched.map_err(|e| KernelError::cuda(format!("launching {} with {shape:?}", loaded.entry), driver("")(e)))

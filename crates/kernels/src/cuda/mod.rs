@@ -18,6 +18,7 @@ mod event;
 mod launch;
 pub mod library;
 mod queue;
+mod tensor_map;
 pub(crate) mod units;
 mod view;
 
@@ -26,10 +27,15 @@ pub use device::{Gpu, MemoryInfo};
 pub use event::Event;
 pub use launch::{Arg, Kernel, Launch};
 pub use queue::{Memory, Queue, Scratch, Span, Timer};
+pub(crate) use tensor_map::{Boxes, TensorMap};
 pub use units::DeviceView;
 pub use view::{DeviceElement, DeviceMut, DeviceRef, DeviceType, check};
 
-/// Every source that the ops can ask for, so that one test can compile them all without a GPU.
+/// The architecture of Hopper cards with the instructions that only they have.
+pub(crate) const HOPPER: &str = "sm_90a";
+
+/// Every source that the ops can ask for, so that one test can compile them all without a GPU. Those for one architecture
+/// alone are not among them.
 pub fn all_sources() -> Vec<Source> {
     let pointwise = [
         crate::elementwise::cuda::sources(),

@@ -97,3 +97,21 @@ pub fn without_gaps<T: Number>(values: &[T], width: usize, stride: usize) -> Vec
     assert!(values.chunks(stride).all(|row| row[width..].iter().all(|x| x.to_f64().is_nan())), "a gap was written");
     values.chunks(stride).flat_map(|row| row[..width].to_vec()).collect()
 }
+
+/// Ends the process if it is not dropped within some seconds: a kernel that hangs cannot be stopped in any other way.
+pub struct Watchdog(std::sync::mpsc::Sender<()>);
+
+impl Watchdog {
+    pub fn new(what: impl Into<String>, seconds: u64) -> Self {
+        let (sender, receiver) = std::sync::mpsc::channel::<()>();
+        let what = what.into();
+        std::thread::spawn(move || {
+            let outcome = receiver.recv_timeout(std::time::Duration::from_secs(seconds));
+            if outcome == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("{what} did not end within {seconds} s");
+                std::process::exit(3);
+            }
+        });
+        Self(sender)
+    }
+}

@@ -1,5 +1,5 @@
 //! Stick-breaking attention on the GPU: bf16 on tensor cores (`cuda/stick_breaking.cu`), float32 by
-//! `cuda/attention_f32.cu`.
+//! `cuda/attention_f32.cu`; the forward pass has a kernel of its own for Hopper cards, to be asked for (`super::hopper`).
 //!
 //! **Between the passes.** [`Saved`] holds the oldest key block that each query tile visited, if early exit is on, and, in
 //! bf16, what every row has left of the stick after each block of keys (4 bytes per row and 64 keys), as long as that, the
@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::StickBreakingSpec;
+use super::hopper::{Hopper, Tuning};
 use crate::attention::device::{bf16_head_dims, check_flat, check_gradients, check_inputs, check_layout, check_output};
 use crate::attention::{AttentionLayout, documents, f32_cuda};
 use crate::cuda::{Arg, DeviceMut, DeviceRef, DeviceType, Kernel, Launch, Queue, Scratch, Source};
@@ -41,6 +42,17 @@ struct Inner {
 enum Path {
     Float(f32_cuda::Plan),
     TensorCores(TensorCores),
+}
+
+/// Which kernels a plan uses in bf16. Their results agree up to rounding, and so do their states between the passes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kernels {
+    /// Those that run on every card: what [`Plan::new`] takes.
+    #[default]
+    Portable,
+    /// The forward pass on Hopper cards, or an error that says why not. It has not been run on a card yet
+    /// (docs/kernels-hopper.md), so nothing chooses it by itself.
+    Hopper(Tuning),
 }
 
 /// What a forward pass leaves for its backward pass, on the device.
@@ -93,6 +105,20 @@ impl Plan {
     /// # Errors
     /// A spec or offsets that are wrong or have no kernel, or a failure of the device.
     pub fn new(queue: &Queue, spec: &StickBreakingSpec, cu_seqlens: &[i32], dtype: DeviceType) -> Result<Self> {
+        Self::with_kernels(queue, spec, cu_seqlens, dtype, Kernels::default())
+    }
+
+    /// [`new`](Self::new) with a choice of kernels, for tests and measurements.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), or if the chosen kernels cannot run.
+    pub fn with_kernels(
+        queue: &Queue,
+        spec: &StickBreakingSpec,
+        cu_seqlens: &[i32],
+        dtype: DeviceType,
+        kernels: Kernels,
+    ) -> Result<Self> {
         let layout = spec.layout;
         if !spec.scale.is_finite() {
             return Err(KernelError::size(FORWARD, "scale", "finite", spec.scale));
@@ -102,7 +128,7 @@ impl Plan {
         let path = if dtype == DeviceType::F32 {
             Path::Float(f32_cuda::Plan::new(queue, FORWARD, f32_cuda::Kind::StickBreaking, &layout, &documents)?)
         } else {
-            Path::TensorCores(TensorCores::new(queue, &layout, &documents)?)
+            Path::TensorCores(TensorCores::new(queue, &layout, &documents, kernels)?)
         };
         Ok(Self { inner: Arc::new(Inner { spec: *spec, documents, dtype, path }) })
     }
@@ -155,14 +181,16 @@ impl Plan {
                 if save && kernels.keeps_sticks(layout) {
                     sticks = Some(queue.scratch(DeviceType::F32, layout.query_heads * kernels.head_state())?);
                 }
-                let outputs = Outputs {
+                let call = Forward {
+                    inputs: [q, k, v],
                     o: Arg::from(o),
                     rem: Arg::optional_mut(rem),
                     with_log: log2_rem.is_some(),
                     log2_rem: Arg::optional_mut(log2_rem),
+                    sticks: Arg::optional_mut(sticks.as_mut().map(Scratch::as_mut).as_mut()),
+                    first_blocks: Arg::optional_mut(first.as_mut()),
                 };
-                let state = Arg::optional_mut(sticks.as_mut().map(Scratch::as_mut).as_mut());
-                kernels.forward(queue, spec, [q, k, v], outputs, state, Arg::optional_mut(first.as_mut()))?;
+                kernels.forward(queue, spec, call)?;
             }
         }
         Ok(save.then(|| Saved { plan: self.clone(), first_tiles, sticks }))
@@ -217,11 +245,11 @@ impl Plan {
 }
 
 /// Rows of one piece of the state.
-const PIECE: usize = 64;
+pub(super) const PIECE: usize = 64;
 
 /// Sizes that `cuda/stick_breaking.cu` derives from the head dim, once more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Shape {
+pub(super) struct Shape {
     head_dim: usize,
     /// Stages of the copies: 2, or 1 where shared memory is short.
     stages: usize,
@@ -251,7 +279,11 @@ impl Shape {
     }
 
     fn source(&self) -> Source {
-        let parts = &[include_str!("../../../cuda/attention.cuh"), include_str!("../../../cuda/stick_breaking.cu")];
+        let parts = &[
+            include_str!("../../../cuda/attention.cuh"),
+            include_str!("../../../cuda/stick_breaking.cuh"),
+            include_str!("../../../cuda/stick_breaking.cu"),
+        ];
         let defines = vec![("HEAD_DIM", self.head_dim.to_string()), ("STAGES", self.stages.to_string())];
         Source { file: "stick_breaking.cu", parts, defines }
     }
@@ -298,7 +330,7 @@ impl Shape {
 
     /// Tiles of `rows` rows: first token of the document, its length, the tile's first row, the document's first state
     /// entry and first piece. Those with the most work first: the last rows of a document, or with `keys` the first.
-    fn tiles(&self, documents: &[Range<usize>], rows: usize, keys: bool) -> Vec<[i32; 5]> {
+    pub(super) fn tiles(&self, documents: &[Range<usize>], rows: usize, keys: bool) -> Vec<[i32; 5]> {
         let (mut entry, mut piece) = (0, 0);
         let mut tiles = Vec::new();
         for document in documents {
@@ -332,12 +364,16 @@ impl Shape {
 }
 
 #[derive(Debug)]
-struct Tiles {
-    list: Scratch,
-    count: u32,
+pub(super) struct Tiles {
+    pub(super) list: Scratch,
+    pub(super) count: u32,
 }
 
 impl Tiles {
+    pub(super) fn upload(queue: &Queue, tiles: &[[i32; 5]]) -> Result<Self> {
+        Ok(Self { list: queue.upload(tiles.as_flattened())?, count: tiles.len() as u32 })
+    }
+
     fn launch(&self, heads: usize, threads: usize, shared: usize) -> Launch {
         Launch { grid: [self.count, heads as u32, 1], block: threads as u32, shared }
     }
@@ -357,18 +393,23 @@ struct TensorCores {
     sticks: Kernel,
     dq: Kernel,
     dkdv: Kernel,
+    /// The forward pass without the logarithm, where it can run.
+    hopper: Option<Hopper>,
 }
 
-/// Where a forward pass writes.
-struct Outputs {
-    o: Arg,
-    rem: Arg,
-    log2_rem: Arg,
-    with_log: bool,
+/// What a forward pass reads, and where it writes.
+pub(super) struct Forward<'a> {
+    pub(super) inputs: [DeviceRef<'a>; 3],
+    pub(super) o: Arg,
+    pub(super) rem: Arg,
+    pub(super) log2_rem: Arg,
+    pub(super) with_log: bool,
+    pub(super) sticks: Arg,
+    pub(super) first_blocks: Arg,
 }
 
 impl TensorCores {
-    fn new(queue: &Queue, layout: &AttentionLayout, documents: &[Range<usize>]) -> Result<Self> {
+    fn new(queue: &Queue, layout: &AttentionLayout, documents: &[Range<usize>], kernels: Kernels) -> Result<Self> {
         let shape = Shape::new(layout.head_dim, queue.gpu().shared_memory_per_block())?;
         let entries = documents.iter().map(|document| shape.entries(document.len())).sum();
         // Indices inside a head are 32 bits wide, and so are offsets inside a tile.
@@ -382,9 +423,10 @@ impl TensorCores {
                 return Err(KernelError::size(FORWARD, what, format!("at most {most} for bf16 on CUDA"), found));
             }
         }
-        let upload = |rows, keys| -> Result<Tiles> {
-            let tiles = shape.tiles(documents, rows, keys);
-            Ok(Tiles { list: queue.upload(tiles.as_flattened())?, count: tiles.len() as u32 })
+        let upload = |rows, keys| Tiles::upload(queue, &shape.tiles(documents, rows, keys));
+        let tuning = match kernels {
+            Kernels::Hopper(tuning) => Some(tuning),
+            Kernels::Portable => None,
         };
         let source = shape.source();
         let kernel = |entry| queue.gpu().kernel(&source, entry);
@@ -400,6 +442,7 @@ impl TensorCores {
             sticks: kernel("stick_breaking_sticks_bf16")?,
             dq: kernel("stick_breaking_backward_dq_bf16")?,
             dkdv: kernel("stick_breaking_backward_dkdv_bf16")?,
+            hopper: tuning.map(|tuning| Hopper::new(queue, layout, documents, &shape, tuning)).transpose()?,
         })
     }
 
@@ -416,12 +459,16 @@ impl TensorCores {
         8 * state <= layout.tokens * heads * layout.head_dim * DeviceType::Bf16.size()
     }
 
+    /// What a product q . k is multiplied by to be the binary logarithm of the odds. A score that nobody sees is -infinity
+    /// before that, so it is never 0.
+    fn factor(spec: &StickBreakingSpec) -> f32 {
+        let factor = spec.scale * std::f64::consts::LOG2_E;
+        (if factor.abs() < 1e-30 { 1e-30 } else { factor }) as f32
+    }
+
     /// Strides and sizes as all kernels take them, ahead of the last two parameters.
     fn sizes(&self, spec: &StickBreakingSpec, first_head: usize) -> [Arg; 11] {
         let layout = &spec.layout;
-        // A score that nobody sees is -infinity before it is multiplied by this.
-        let factor = spec.scale * std::f64::consts::LOG2_E;
-        let factor = if factor.abs() < 1e-30 { 1e-30 } else { factor };
         let [a, b, c, d, e, f, g, h, i, j] = [
             layout.query_stride,
             layout.key_stride,
@@ -435,21 +482,15 @@ impl TensorCores {
             usize::from(spec.attend_current),
         ]
         .map(|size| Arg::from(size as i32));
-        [a, b, c, d, e, f, g, h, i, j, (factor as f32).into()]
+        [a, b, c, d, e, f, g, h, i, j, Self::factor(spec).into()]
     }
 
-    fn forward(
-        &self,
-        queue: &Queue,
-        spec: &StickBreakingSpec,
-        [q, k, v]: [DeviceRef<'_>; 3],
-        outputs: Outputs,
-        sticks: Arg,
-        first_blocks: Arg,
-    ) -> Result<()> {
-        let threshold = if spec.early_exit_bits == 0 { 0.0 } else { (-f64::from(spec.early_exit_bits)).exp2() };
+    fn forward(&self, queue: &Queue, spec: &StickBreakingSpec, call: Forward<'_>) -> Result<()> {
+        if let (Some(hopper), false) = (&self.hopper, call.with_log) {
+            return hopper.forward(queue, spec, (self.entries, self.pieces), Self::factor(spec), call);
+        }
         let list = self.query_tiles.list.as_ref().into();
-        let Outputs { o, rem, log2_rem, with_log } = outputs;
+        let Forward { inputs: [q, k, v], o, rem, log2_rem, with_log, sticks, first_blocks } = call;
         let [a, b, c, d, e, f, g, h, i, j, factor] = self.sizes(spec, 0);
         let arguments = [
             q.into(),
@@ -472,7 +513,7 @@ impl TensorCores {
             i,
             j,
             factor,
-            Arg::from(threshold as f32),
+            spec.threshold().into(),
         ];
         // With the logarithm a warp has half as many rows.
         let threads = if with_log { 2 * self.shape.forward_rows } else { 32 * Shape::WARPS };

@@ -30,6 +30,8 @@ pub mod cpu;
 pub mod cuda;
 pub mod decode;
 pub mod decode_cuda;
+pub mod hopper;
+pub mod hopper_probe;
 pub mod reference;
 mod stick;
 
@@ -64,6 +66,11 @@ impl StickBreakingSpec {
             return Err(KernelError::size(op, "scale", "finite", self.scale));
         }
         self.layout.check_inputs(op, inputs)
+    }
+
+    /// What rem has to be below for the older keys to be skipped; 0 if they never are.
+    fn threshold(&self) -> f32 {
+        if self.early_exit_bits == 0 { 0.0 } else { (-f64::from(self.early_exit_bits)).exp2() as f32 }
     }
 
     /// Keys that query `row` of a document sees: those below this one.

@@ -1,0 +1,56 @@
+// What the portable and the sm_90a kernels of stick-breaking attention share: the tile lists, the layout of the state
+// (stick_breaking.cu describes it), and scans along a row. HEAD_DIM is defined before this.
+
+// Keys of a block of the state.
+#ifndef KEYS
+#define KEYS (HEAD_DIM > 128 ? 32 : 64)
+#endif
+// Rows of a piece of the state.
+constexpr int PIECE = 64;
+
+// The backward pass, and the forward pass on saturated scores, clamp 2^z here, only against infinity: 1 - beta below 2^-60
+// is nothing to any row that has more than one key.
+constexpr float ODDS_LIMIT = 60.0f;
+
+// One entry of the tile lists: a run of rows (or keys) of one document.
+struct Tile {
+    // First token of the document, its length, the tile's first row in it, the document's first state entry, the
+    // document's first piece.
+    int start, length, first, entry, piece;
+};
+DEVICE Tile read_tile(const int* tiles, int index) {
+    tiles += index * 5;
+    return {tiles[0], tiles[1], tiles[2], tiles[3], tiles[4]};
+}
+
+// Blocks of keys that rows below `end` see (the last of them; end >= 1).
+template <int keys = KEYS> DEVICE int visible_blocks(int end, int own_key) { return (end - 1 + own_key + keys - 1) / keys; }
+DEVICE int first_entry(const Tile& tile, int piece) { return tile.entry + piece * (piece + 1) / 2 * (PIECE / KEYS); }
+
+// The smaller one; NaN if there is one, so that a NaN in q or k shows in the output.
+DEVICE float clamp(float x, float limit) {
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
+    return y;
+}
+
+// Products over the quad's lanes: `newer` over the lanes of newer keys (larger c), `all` over the four.
+DEVICE void scan_products(float x, float& newer, float& all) {
+    int c = threadIdx.x & 3;
+    float next = __shfl_down_sync(FULL_MASK, x, 1, 4);
+    if (c == 3) next = 1.0f;
+    float second = __shfl_down_sync(FULL_MASK, x * next, 2, 4);
+    if (c >= 2) second = 1.0f;
+    newer = next * second;
+    all = __shfl_sync(FULL_MASK, x * newer, 0, 4);
+}
+// Sums over the quad's lanes: `older` over the lanes of older keys (smaller c), `all` over the four.
+DEVICE void scan_sums(float x, float& older, float& all) {
+    int c = threadIdx.x & 3;
+    float next = __shfl_up_sync(FULL_MASK, x, 1, 4);
+    if (c == 0) next = 0.0f;
+    float second = __shfl_up_sync(FULL_MASK, x + next, 2, 4);
+    if (c < 2) second = 0.0f;
+    older = next + second;
+    all = __shfl_sync(FULL_MASK, x + older, 3, 4);
+}

@@ -1,0 +1,176 @@
+//! Times the forward pass of stick-breaking attention on a Hopper card, portable and Hopper kernels, dense: scores are
+//! shifted so that the stick never breaks, and early exit is off. 4 B H D L L / 2 flops.
+//!
+//! `cargo run --release -p stickbreak-kernels --example hopper_speed -- [probe] [tunings] [B,H,L,D ...]`
+//! `probe` measures the parts alone, `tunings` every way to build the kernel.
+
+use std::time::Duration;
+
+use half::bf16;
+use stickbreak_kernels::attention::AttentionLayout;
+use stickbreak_kernels::attention::stick_breaking::StickBreakingSpec;
+use stickbreak_kernels::attention::stick_breaking::cuda::{Kernels, Plan};
+use stickbreak_kernels::attention::stick_breaking::hopper::Tuning;
+use stickbreak_kernels::attention::stick_breaking::hopper_probe::{self, Probe};
+use stickbreak_kernels::cuda::{DeviceType, Queue, Scratch, sources_for};
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+const SHAPES: [[usize; 4]; 6] = [
+    [16, 16, 2048, 64],
+    [8, 16, 4096, 64],
+    [2, 16, 16384, 64],
+    [16, 16, 2048, 128],
+    [8, 16, 4096, 128],
+    [2, 16, 16384, 128],
+];
+const RUNS: usize = 9;
+
+/// Ends the process if a case hangs.
+fn watched<T>(what: &str, work: impl FnOnce() -> T) -> T {
+    let (sender, receiver) = std::sync::mpsc::channel::<()>();
+    let name = what.to_owned();
+    std::thread::spawn(move || {
+        if receiver.recv_timeout(Duration::from_secs(20)) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            println!("{name}: no end after 20 s");
+            std::process::exit(3);
+        }
+    });
+    let result = work();
+    drop(sender);
+    result
+}
+
+/// Near-normal numbers of which the first of each head is `shift`.
+fn values(count: usize, head_dim: usize, shift: f32, mut seed: u32) -> Vec<bf16> {
+    let mut uniform = || {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (seed >> 8) as f32 / (1 << 24) as f32 - 0.5
+    };
+    // The same numbers again and again, each time from another place on.
+    let some: Vec<bf16> = (0..1 << 18).map(|_| bf16::from_f32(2.0 * (uniform() + uniform() + uniform()))).collect();
+    let value = |i: usize| some[(i / some.len() * 97 + i) % some.len()];
+    (0..count).map(|i| if i % head_dim == 0 && shift != 0.0 { bf16::from_f32(shift) } else { value(i) }).collect()
+}
+
+struct Case {
+    spec: StickBreakingSpec,
+    documents: Vec<i32>,
+    inputs: [Scratch; 3],
+    flops: f64,
+}
+
+impl Case {
+    fn new(queue: &Queue, [batch, heads, length, head_dim]: [usize; 4]) -> Outcome<Self> {
+        let tokens = batch * length;
+        let spec = StickBreakingSpec::new(AttentionLayout::contiguous(tokens, heads, heads, head_dim));
+        // A score of -8.
+        let shift = (8.0 / spec.scale).sqrt() as f32;
+        let count = tokens * heads * head_dim;
+        let upload = |shift, seed| queue.upload(&values(count, head_dim, shift, seed));
+        let inputs = [upload(shift, 1)?, upload(-shift, 2)?, upload(0.0, 3)?];
+        let documents = (0..=batch).map(|document| (document * length) as i32).collect();
+        let flops = 4.0 * (batch * heads * head_dim) as f64 * (length * length) as f64 / 2.0;
+        Ok(Self { spec, documents, inputs, flops })
+    }
+
+    /// Least and median milliseconds.
+    fn time(&self, queue: &Queue, kernels: Kernels) -> Outcome<(f64, f64)> {
+        let plan = Plan::with_kernels(queue, &self.spec, &self.documents, DeviceType::Bf16, kernels)?;
+        let [q, k, v] = self.inputs.each_ref().map(Scratch::as_ref);
+        let mut o = queue.scratch(DeviceType::Bf16, q.len())?;
+        let mut times = Vec::new();
+        for run in 0..RUNS + 2 {
+            let timer = queue.timer()?;
+            plan.forward(queue, q, k, v, &mut o.as_mut(), None, None, false)?;
+            let milliseconds = timer.milliseconds()?;
+            if run >= 2 {
+                times.push(milliseconds);
+            }
+        }
+        times.sort_by(f64::total_cmp);
+        Ok((times[0], times[RUNS / 2]))
+    }
+}
+
+/// What the parts are measured with: warpgroups, chunk, overlap.
+fn probes(head_dim: usize) -> Vec<Tuning> {
+    let all = [(1, 4, true), (2, 4, true), (2, 4, false), (2, 8, true), (3, 4, false), (3, 8, false)];
+    let fits = all.into_iter().filter(|(warpgroups, ..)| head_dim * warpgroups <= 256);
+    fits.map(|(warpgroups, chunk, overlap)| Tuning { warpgroups, chunk, overlap, ..Tuning::new(head_dim) }).collect()
+}
+
+fn probe(queue: &Queue) -> Outcome<()> {
+    println!("| parts alone, D | warpgroups | chunk | what | ms | clocks a round | clocks per pair | TFLOP/s | GB/s |");
+    println!("|---|---|---|---|---|---|---|---|---|");
+    for (head_dim, tuning) in
+        [64, 128].into_iter().flat_map(|head_dim| probes(head_dim).into_iter().map(move |t| (head_dim, t)))
+    {
+        let overlap = if tuning.overlap { "" } else { ", no overlap" };
+        let name = format!("{head_dim} | {} | {}{overlap}", tuning.warpgroups, tuning.chunk);
+        for rate in watched(&name, || Probe::new(queue, head_dim, tuning).rates(2000))? {
+            let per_pair = if rate.pairs > 0 { rate.clocks_per_round / rate.pairs as f64 } else { 0.0 };
+            let (tera, giga) = (rate.flops / rate.milliseconds / 1e9, rate.bytes / rate.milliseconds / 1e6);
+            println!(
+                "| {name} | {} | {:.3} | {:.0} | {per_pair:.4} | {tera:.0} | {giga:.0} |",
+                rate.name, rate.milliseconds, rate.clocks_per_round
+            );
+        }
+    }
+    Ok(())
+}
+
+fn main() -> Outcome<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let asked = |word: &str| arguments.iter().any(|argument| argument == word);
+    let shapes = arguments.iter().filter(|argument| argument.contains(','));
+    let shapes = shapes.map(|text| {
+        let numbers = text.split(',').map(str::parse).collect::<Result<Vec<usize>, _>>()?;
+        <[usize; 4]>::try_from(numbers).map_err(|_| format!("{text}: expected B,H,L,D").into())
+    });
+    let mut shapes = shapes.collect::<Outcome<Vec<_>>>()?;
+    if shapes.is_empty() {
+        shapes = SHAPES.to_vec();
+    }
+
+    let queue = Queue::open(0)?;
+    println!("{}, {} multiprocessors", queue.gpu().name(), queue.gpu().multiprocessors());
+    // Compiled in parallel, ahead.
+    let mut sources = Vec::new();
+    for head_dim in [64, 128] {
+        let tunings = if asked("tunings") { Tuning::candidates(head_dim) } else { vec![Tuning::new(head_dim)] };
+        sources.extend(tunings.iter().map(|tuning| tuning.source(head_dim)));
+        if asked("probe") {
+            sources.extend(probes(head_dim).iter().map(|tuning| hopper_probe::source(head_dim, tuning)));
+        }
+        let portable = sources_for(head_dim, DeviceType::Bf16);
+        sources.extend(portable.into_iter().filter(|source| source.file == "stick_breaking.cu"));
+    }
+    queue.gpu().prepare(&sources, |_| ())?;
+    if asked("probe") {
+        probe(&queue)?;
+    }
+    println!("| B,H,L,D | kernel | ms (least) | ms (median) | TFLOP/s (median) |\n|---|---|---|---|---|");
+    for shape in shapes {
+        let head_dim = shape[3];
+        let name = shape.map(|size| size.to_string()).join(",");
+        let case = Case::new(&queue, shape)?;
+        let mut kernels = vec![("portable".to_owned(), Kernels::Portable)];
+        let tunings = if asked("tunings") { Tuning::candidates(head_dim) } else { vec![Tuning::new(head_dim)] };
+        kernels.extend(tunings.into_iter().map(|tuning| {
+            let Tuning { warpgroups, stages, chunk, overlap, turns, .. } = tuning;
+            let options = [(overlap, " overlap"), (turns, " turns")];
+            let options: String = options.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect();
+            (format!("{warpgroups} warpgroups, {stages} stages, chunks of {chunk}{options}"), Kernels::Hopper(tuning))
+        }));
+        for (kernel, choice) in kernels {
+            match watched(&format!("{name} {kernel}"), || case.time(&queue, choice)) {
+                Ok((least, median)) => {
+                    println!("| {name} | {kernel} | {least:.3} | {median:.3} | {:.0} |", case.flops / median / 1e9);
+                }
+                Err(error) => println!("| {name} | {kernel} | {error} |"),
+            }
+        }
+    }
+    Ok(())
+}
