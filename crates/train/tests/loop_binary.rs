@@ -349,3 +349,21 @@ fn a_closed_output_ends_a_command_without_a_panic() {
     assert_eq!(output.status.code(), Some(141), "{errors}");
     assert!(!errors.contains("panicked"), "{errors}");
 }
+
+/// Half of a text of this size takes far longer than a signal.
+#[test]
+fn a_signal_while_data_is_prepared_keeps_what_is_done_and_the_same_command_goes_on() {
+    let workspace = Workspace::new();
+    for part in 0..16 {
+        let text = "All work and no play makes a dull text. ".repeat(50_000);
+        fs::write(workspace.path(&format!("text/long-{part}.txt")), text).unwrap();
+    }
+    let mut running = Running::start(&mut workspace.command("run", &["train.steps=2"]));
+    running.wait_for("preparing");
+    running.signal("TERM");
+    let (code, log) = running.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("preparation stopped: SIGTERM; the same command continues it"), "{log}");
+    let (_, log) = succeed(&mut workspace.command("run", &["train.steps=2"]));
+    assert!(log.contains("2 steps"), "{log}");
+}

@@ -1,6 +1,7 @@
 //! `stickbreak train`.
 
 use crate::config::RunConfig;
+use crate::data::DataError;
 use crate::device::DeviceOption;
 use crate::distributed::{Timeouts, connect, launch, spawn};
 use crate::signal::StopFlag;
@@ -55,7 +56,19 @@ pub(super) fn run(args: TrainArgs) -> Result<()> {
     let timeouts = Timeouts { collective, ..Timeouts::default() };
     let communicator = connect(&launch, device, &identity(&config, device), timeouts)?;
     let options = TrainerOptions { device, profile: args.profile, communicator, ..TrainerOptions::default() };
-    Trainer::open_with(config, &folder, stop, options)?.run().map(drop)
+    match Trainer::open_with(config, &folder, stop.clone(), options) {
+        // What is prepared is kept, and the same command goes on: for a single process this is an end in order.
+        Err(error) if launch.ranks == 1 && stop.is_set() && is_stopped(&error) => {
+            eprintln!("{error:#}");
+            Ok(())
+        }
+        trainer => trainer?.run().map(drop),
+    }
+}
+
+/// Whether a preparation of data was stopped, rather than failed.
+fn is_stopped(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| matches!(cause.downcast_ref(), Some(DataError::Stopped(_))))
 }
 
 /// What has to be the same for all ranks, whose commands may have been typed on different machines.

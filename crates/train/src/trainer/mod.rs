@@ -159,7 +159,7 @@ impl Trainer {
             // Before the weights and moments are there: their allocation would be the first to fail.
             memory::estimate(&config, device, dtype, ranks).check_fits(&config, device, dtype)?;
         }
-        let text = open_text(&config, &*communicator)?;
+        let text = open_text(&config, &*communicator, &signal)?;
         let lock = if leads { Some(make_folder(folder)?) } else { None };
         let (store, checkpoint) = open_store(&config, folder, disk, &*communicator)?;
         if let Some(checkpoint) = &checkpoint {

@@ -6,6 +6,7 @@ use crate::checkpoint::{Checkpoint, CheckpointStore, Disk, KeepPolicy};
 use crate::config::RunConfig;
 use crate::distributed::Communicator;
 use crate::metrics::RunMetrics;
+use crate::signal::StopFlag;
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
 use std::fs::{File, TryLockError};
@@ -16,9 +17,9 @@ use std::sync::Arc;
 const MEASURED_ONCE: [&str; 5] = ["valid", "sample", "length", "attention", "memory"];
 
 /// The run's data, which the leading rank prepares before the others open it.
-pub(super) fn open_text(config: &RunConfig, communicator: &dyn Communicator) -> Result<Text> {
+pub(super) fn open_text(config: &RunConfig, communicator: &dyn Communicator, stop: &StopFlag) -> Result<Text> {
     let leads = communicator.rank() == 0;
-    let first = leads.then(|| Text::open(config)).transpose()?;
+    let first = leads.then(|| Text::open_unless(config, stop)).transpose()?;
     communicator.barrier("rank 0 opens or prepares the data")?;
     let text = first.map_or_else(|| Text::open(config), Ok)?;
     agree_on_data(communicator, &text.fingerprint)?;

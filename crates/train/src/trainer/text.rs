@@ -2,10 +2,13 @@
 
 use crate::config::{DataConfig, RunConfig, TokenFiles};
 use crate::data::journal::Journal;
+use crate::data::prepare::{PrepareEvent, progress_bar};
 use crate::data::{
     Dataset, Input, Loader, PrepareOptions, SplitName, TokenStream, Tokenizer, TokenizerChoice, Validation, prepare,
 };
+use crate::signal::StopFlag;
 use anyhow::{Context, Result, bail};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -87,10 +90,19 @@ impl Text {
     /// If there is no data, a file is damaged, the tokenizer has more ids than the model, or a sequence is longer than
     /// the data.
     pub fn open(config: &RunConfig) -> Result<Self> {
+        Self::open_unless(config, &StopFlag::new())
+    }
+
+    /// [`open`](Self::open), unless `stop` is set while the data is prepared: then it ends with [`DataError::Stopped`],
+    /// and the next call goes on with the preparation.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_unless(config: &RunConfig, stop: &StopFlag) -> Result<Self> {
         let vocabulary = config.model.vocab_size;
         let (source, tokenizer, fingerprint) = match &config.data.token_files {
             Some(files) => open_token_files(files, vocabulary as u32)?,
-            None => open_prepared(config)?,
+            None => open_prepared(config, stop)?,
         };
         let length = config.train.sequence_length;
         let train = source.stream(SplitName::Train, tokenizer.as_ref())?;
@@ -114,7 +126,7 @@ impl Text {
 }
 
 /// Opens the prepared folder, making it first if it is not there.
-fn open_prepared(config: &RunConfig) -> Result<(Source, Option<Tokenizer>, String)> {
+fn open_prepared(config: &RunConfig, stop: &StopFlag) -> Result<(Source, Option<Tokenizer>, String)> {
     let folder = config.data_folder();
     if !folder.join(crate::data::manifest::MANIFEST_FILE).exists() {
         if config.data.inputs.is_empty() {
@@ -125,7 +137,12 @@ fn open_prepared(config: &RunConfig) -> Result<(Source, Option<Tokenizer>, Strin
             );
         }
         tracing::info!("preparing {} from {}", folder.display(), config.data.inputs.join(", "));
-        prepare(&options(config)?, &mut crate::data::prepare::progress_bar()).with_context(|| {
+        let mut show = progress_bar();
+        let mut progress = |event: PrepareEvent<'_>| match stop.cause() {
+            Some(cause) => ControlFlow::Break(cause.to_owned()),
+            None => show(event),
+        };
+        prepare(&options(config)?, &mut progress).with_context(|| {
             let inputs = config.data.inputs.join(", ");
             format!("the text of this run is {inputs}; another one: --set 'data.inputs=[\"PATH\"]'")
         })?;
