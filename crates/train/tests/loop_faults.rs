@@ -100,6 +100,27 @@ fn a_learning_rate_that_explodes_leaves_the_last_good_checkpoint() {
     }
 }
 
+/// What is saved while training goes on is safe before anything after it can fail.
+#[test]
+fn an_evaluation_that_fails_costs_no_checkpoint() {
+    let workspace = Workspace::new();
+    let changes = ["checkpoint.asynchronous=true", "checkpoint.every=5", "evaluation.every=5", "train.steps=12"];
+    workspace.train("run", &["train.steps=3", "checkpoint.asynchronous=true"]);
+    let config = workspace.config(&changes);
+    let run = workspace.path("run");
+    let mut trainer = Trainer::open(config.clone(), &run, StopFlag::new()).unwrap();
+    let held_out = config.data_folder().join("valid_000000.bin");
+    let whole = fs::read(&held_out).unwrap();
+    fs::OpenOptions::new().write(true).open(&held_out).unwrap().set_len(1100).unwrap();
+    let error = format!("{:#}", trainer.run().unwrap_err());
+    assert!(error.contains("valid_000000.bin"), "{error}");
+    drop(trainer);
+    assert_eq!(latest_valid(&run), Some(5));
+    fs::write(&held_out, whole).unwrap();
+    workspace.train("run", &changes);
+    assert_eq!(steps(&run, "train"), (1..=12).collect::<Vec<_>>());
+}
+
 /// Bytes after which the second save of a run like `whole` is half done.
 fn kill_in_second_save(whole: &Path) -> u64 {
     contents(&whole.join("checkpoints/step-00000012")).values().map(|bytes| bytes.len() as u64).sum::<u64>() * 3 / 2

@@ -75,22 +75,21 @@ fn folders(library: Library) -> Vec<PathBuf> {
     for root in ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"].into_iter().filter_map(variable) {
         folders.extend([root.join("lib64"), root.join("targets/x86_64-linux/lib"), root.join("lib")]);
     }
-    // Python's packages bring libraries, too: of an environment first, then of the user and the system.
+    // Python's packages bring libraries, too: those of an environment that is active go before the system's toolkit.
     let package = if library == Library::Nccl { "nvidia/nccl/lib" } else { "nvidia/cu13/lib" };
-    let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(variable);
-    let user = variable("HOME").map(|home| home.join(".local"));
-    for root in environments.chain(user).chain(["/usr/local", "/usr"].map(PathBuf::from)) {
+    let of_python = |root: PathBuf| {
         let pythons = std::fs::read_dir(root.join("lib")).into_iter().flatten().flatten().map(|entry| entry.path());
         let mut pythons: Vec<PathBuf> = pythons
             .filter(|path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("python")))
             .collect();
         pythons.sort();
-        for python in pythons {
-            let packages = ["site-packages", "dist-packages"].map(|packages| python.join(packages));
-            folders.extend(packages.into_iter().filter(|folder| folder.exists()).map(|folder| folder.join(package)));
-        }
-    }
+        let packages = |python: PathBuf| ["site-packages", "dist-packages"].map(|packages| python.join(packages));
+        pythons.into_iter().flat_map(packages).filter(|folder| folder.exists()).map(|folder| folder.join(package))
+    };
+    folders.extend(["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(variable).flat_map(of_python));
     folders.extend(["/usr/local/cuda/lib64", "/usr/local/cuda-13/lib64", "/opt/cuda/lib64"].map(PathBuf::from));
+    let user = variable("HOME").map(|home| home.join(".local"));
+    folders.extend(user.into_iter().chain(["/usr/local", "/usr"].map(PathBuf::from)).flat_map(of_python));
     if library == Library::Nccl {
         let system = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/local/lib"];
         folders.extend(system.map(PathBuf::from));

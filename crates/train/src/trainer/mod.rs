@@ -420,6 +420,10 @@ impl Trainer {
         if self.is_due(self.config.checkpoint.every) {
             self.save(false)?;
         }
+        if self.ranks() > 1 && (self.is_due(self.config.evaluation.every) || self.is_due(self.config.sample.every)) {
+            // Other ranks' parts are agreed on between steps, and an evaluation may take long, or die.
+            self.finish_save()?;
+        }
         self.measure()
     }
 

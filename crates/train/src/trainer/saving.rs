@@ -147,7 +147,11 @@ impl Trainer {
         };
         let begun = lead.as_ref().is_none_or(Result::is_ok);
         let told = self.communicator.gather_values("begin of a checkpoint", &[f64::from(begun), process])?;
-        if let Some(lead) = lead.transpose()? {
+        if let Some(mut lead) = lead.transpose()? {
+            if self.ranks() == 1 {
+                // Nobody else's part is waited for: the checkpoint is whole as soon as it is written, whatever comes.
+                let _ = lead.others.take().map(|others| others.send(Entries::new()));
+            }
             return Ok(Save { step, part: Part::Lead(lead) });
         }
         if told[0][0] == 0.0 {

@@ -138,12 +138,15 @@ struct LeadFiles {
 
 impl Snapshot {
     /// Writes this rank's files.
-    pub(super) fn write(&self, writer: &mut CheckpointWriter<'_>) -> Result<()> {
-        if let Some(lead) = &self.lead {
+    pub(super) fn write(mut self, writer: &mut CheckpointWriter<'_>) -> Result<()> {
+        if let Some(lead) = &mut self.lead {
             writer.json("config.json", &lead.config)?;
-            for file in weight_files(&lead.weights, SHARD_BYTES)? {
+            // Given back before the next large piece is made.
+            let weights = std::mem::take(&mut lead.weights);
+            for file in weight_files(&weights, SHARD_BYTES)? {
                 writer.bytes(&file.name, &file.bytes)?;
             }
+            drop(weights);
             if let Some(json) = &lead.tokenizer {
                 writer.bytes("tokenizer.json", json)?;
             }
