@@ -43,21 +43,19 @@ impl DeviceOption {
         if ranks == 1 {
             return self.choose();
         }
-        let asked = match self.device {
+        // GPUs are counted, not opened: every rank opens its own and no other, which would take memory there.
+        let gpus = match self.device {
             Some(device @ Device::Cuda(1..)) => bail!(
                 "--device {device} names one GPU, but each of the {ranks} ranks takes its own: leave it out, or --device cuda"
             ),
-            Some(device) => {
-                device.check_available().with_context(|| format!("--device {device} was asked for"))?;
-                device
-            }
-            None => best().0,
+            Some(Device::Cpu) => return Ok((Device::Cpu, "device cpu, as asked".to_owned())),
+            Some(device) => Gpu::count().with_context(|| format!("--device {device} was asked for"))?,
+            None => Gpu::count().unwrap_or(0),
         };
-        if asked == Device::Cpu {
-            let why = if self.device.is_some() { "device cpu, as asked".to_owned() } else { best().1 };
-            return Ok((asked, why));
+        if gpus == 0 && self.device.is_none() {
+            return Ok(best());
         }
-        let device = Device::Cuda(launch.device(Gpu::count()?)?);
+        let device = Device::Cuda(launch.device(gpus)?);
         device.check_available().with_context(|| format!("rank {rank} takes {device}"))?;
         Ok((device, format!("device {device}{} for rank {rank} of {ranks}", name_of(device))))
     }

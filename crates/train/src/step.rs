@@ -227,12 +227,16 @@ fn on_gpu(
     let _read = range("wait");
     let device_milliseconds = timer.map(|timer| timer.milliseconds()).transpose()?;
     let values = report.to_f64_vec()?;
+    // A collective that was broken off leaves anything.
+    optimizer.communicator().check(ROUND)?;
     let told: Vec<Told> = values.chunks(values.len() / optimizer.layout().ranks()).map(Told::new).collect();
     // Those of the weights before this step's first use of them, and those of this step.
     let exposed = [optimizer.weights().take_waits().milliseconds()?, waits.milliseconds()?];
+    // In float32, as the device did it: both must agree on whether the step was finite.
+    let sum = |of: fn(&Told) -> f64| f64::from(told.iter().fold(0.0, |sum, told| sum + of(told) as f32));
     Ok(StepOutcome {
-        loss: told.iter().fold(0.0, |sum, told| sum + told.loss),
-        gradient_norm: told.iter().fold(0.0, |sum, told| sum + told.sum_of_squares).sqrt(),
+        loss: sum(|told| told.loss),
+        gradient_norm: sum(|told| told.sum_of_squares).sqrt(),
         told,
         device_milliseconds,
         host_milliseconds: Some(host_milliseconds),

@@ -245,7 +245,7 @@ fn torchrun(variables: Reader<'_>) -> Result<Option<Launch>> {
         ranks: variables.number(ranks)?,
         local_rank: if pods { 0 } else { variables.number(local_rank)? },
         local_ranks: Some(if pods { 1 } else { variables.number(local_ranks)? }),
-        master: variables.get(address).map(str::to_owned).zip(variables.port()?).map(Master::from),
+        master: variables.get(address).map(str::to_owned).zip(variables.torchrun_port()?).map(Master::from),
     };
     launch.checked([rank, ranks, local_rank, local_ranks]).map(Some)
 }
@@ -376,6 +376,13 @@ impl<'a> Reader<'a> {
         text.split_once("(x").map_or(text, |(tasks, _)| tasks).parse().ok().filter(|_| !text.contains(','))
     }
 
+    /// MASTER_PORT, unless torchrun itself listens there for PyTorch's sake: then another one that follows from it.
+    fn torchrun_port(self) -> Result<Option<u16>> {
+        let taken = self.get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value.eq_ignore_ascii_case("true"));
+        let port = self.port()?;
+        Ok(if taken { port.map(|port| 12_000 + ((u32::from(port) * 37 + 1) % 20_000) as u16) } else { port })
+    }
+
     /// A port of this job and step, below those that systems hand out (from 32768).
     fn slurm_port(self) -> Result<u16> {
         const FIRST: u64 = 12_000;
@@ -462,6 +469,22 @@ mod tests {
         );
         let ipv6 = found(&FULL.replace("host0", "fe80::1"));
         assert_eq!(master(&ipv6), "[fe80::1]:29500");
+    }
+
+    #[test]
+    fn a_port_that_torchrun_itself_listens_on_is_left_to_it() {
+        let launch = found(&format!("{FULL} TORCHELASTIC_USE_AGENT_STORE=True"));
+        let port = launch.master.as_ref().unwrap().port;
+        assert!(port != 29500 && (12_000..32_000).contains(&port), "{port}");
+        // The same on every rank, and MASTER_PORT itself where nobody listens.
+        let other = FULL.replace("RANK=5", "RANK=0");
+        assert_eq!(found(&format!("{other} TORCHELASTIC_USE_AGENT_STORE=True")).master, launch.master);
+        assert_eq!(master(&found(&format!("{FULL} TORCHELASTIC_USE_AGENT_STORE=False"))), "host0:29500");
+        for port in 1..=u16::MAX {
+            let text = FULL.replace("29500", &port.to_string());
+            let launch = found(&format!("{text} TORCHELASTIC_USE_AGENT_STORE=True"));
+            assert_ne!(launch.master.unwrap().port, port);
+        }
     }
 
     #[test]

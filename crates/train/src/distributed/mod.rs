@@ -105,6 +105,14 @@ pub trait Communicator: Send + Sync + fmt::Debug {
         self.gather_values(what, &[]).map(drop)
     }
 
+    /// Whether the group still holds: what collectives that are over have left may be read after this.
+    ///
+    /// # Errors
+    /// If another rank is lost; a collective that was under way then may have ended without its result.
+    fn check(&self, _what: &str) -> Result<()> {
+        Ok(())
+    }
+
     /// Tells the others why this rank gives up, and ends what is under way: their calls fail, and name this rank and the
     /// reason.
     fn abort(&self, reason: &str);

@@ -2,14 +2,13 @@
 
 use super::cost::{Cluster, Work, efficiency, step_time};
 use crate::config::{GradientType, RunConfig};
-use crate::trainer::gpu_memory_terms;
+use crate::trainer::{NCCL_BYTES, gpu_memory_terms};
 use anyhow::{Result, ensure};
 use std::fmt::Write;
 use stickbreak_model::count;
 
-/// What NCCL's channels and the CUDA context take beside the run's tensors, in bytes; assumed.
+/// What the CUDA context takes beside the run's tensors, in bytes; assumed.
 const CONTEXT_BYTES: u64 = 512 << 20;
-const NCCL_BYTES: u64 = 768 << 20;
 /// Cards by the memory that they are sold with, and how many GiB of it a program sees (H100 SXM, H200).
 const CARDS: [(&str, f64); 2] = [("80 GB", 78.0), ("141 GB", 139.0)];
 
@@ -76,7 +75,7 @@ fn memory_table(text: &mut String, configs: &[(usize, RunConfig)], parameters: u
     for (ranks, config) in configs {
         let terms = gpu_memory_terms(config, *ranks);
         let total: u64 = terms.iter().map(|(_, bytes)| bytes).sum::<u64>();
-        let total = total + CONTEXT_BYTES + if *ranks > 1 { NCCL_BYTES } else { 0 };
+        let total = total + CONTEXT_BYTES;
         let of = |names: &[&str]| -> u64 {
             terms.iter().filter(|(name, _)| names.contains(name)).map(|(_, bytes)| bytes).sum()
         };

@@ -70,6 +70,9 @@ fn on_cpu(config: &RunConfig, dtype: DType, ranks: usize) -> Vec<(&'static str, 
     ]
 }
 
+/// What NCCL's channels take beside the run's tensors, in bytes; assumed.
+pub(crate) const NCCL_BYTES: u64 = 768 << 20;
+
 fn on_gpu(config: &RunConfig, dtype: DType, ranks: usize) -> Vec<(&'static str, u64)> {
     let (model, size) = (&config.model, dtype.size() as u64);
     let Elements { parameters, activations, in_flight, tokens } = elements(config, ranks);
@@ -92,6 +95,7 @@ fn on_gpu(config: &RunConfig, dtype: DType, ranks: usize) -> Vec<(&'static str, 
         ("output projection and loss", head),
         ("gradients of activations", in_flight * size),
         ("workspaces", GPU_OVERHEAD_BYTES),
+        ("communication", if ranks > 1 { NCCL_BYTES } else { 0 }),
     ]
 }
 

@@ -41,7 +41,7 @@ use std::time::{Duration, Instant};
 use stickbreak_model::{Sampling, Transformer, count};
 use stickbreak_tensor::{DType, Device};
 
-pub(crate) use memory::{available_memory, gpu_memory_terms};
+pub(crate) use memory::{NCCL_BYTES, available_memory, gpu_memory_terms};
 pub use snapshot::program_version;
 pub use text::{Text, tokenizer_choice};
 
@@ -253,7 +253,7 @@ impl Trainer {
             return self.finish();
         }
         self.announce();
-        device::prepare_kernels(&self.config.model, self.dtype, self.device, |line| self.console.line(line))?;
+        self.prepare_kernels()?;
         self.preflight()?;
         // What an earlier process was stopped in, after its save.
         self.measure()?;
@@ -292,6 +292,22 @@ impl Trainer {
     fn share(&self) -> Share {
         let (sequences, ranks) = (self.config.sequences_per_step(), self.ranks());
         Share { sequences, rank: self.rank(), ranks, at_once: self.config.micro_batch(ranks) }
+    }
+
+    /// Compiles and loads what the model needs: the leading rank first, so that those who share its cache find it there. The
+    /// host waits for the slowest, which would count as hanging once collectives have begun.
+    fn prepare_kernels(&self) -> Result<()> {
+        let console = &self.console;
+        let prepare =
+            || device::prepare_kernels(&self.config.model, self.dtype, self.device, |line| console.line(line));
+        if self.leads() {
+            prepare()?;
+        }
+        self.communicator.barrier("kernels of rank 0")?;
+        if !self.leads() {
+            prepare()?;
+        }
+        Ok(self.communicator.barrier("kernels of all ranks")?)
     }
 
     /// This rank's micro-batches of one step; `None` if this process was asked to stop while waiting.

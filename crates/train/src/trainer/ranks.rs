@@ -108,6 +108,7 @@ impl Trainer {
 
     /// What kept a step from its update, in words, with the rank that has it. Every rank calls it.
     pub(super) fn non_finite_culprit(&self, losses: &[f64], loss: f64) -> Result<(usize, String)> {
+        self.optimizer.weights().settle()?;
         let parameter = self.own_non_finite_parameter();
         // What the sum over the ranks made of it: each rank sees its shard.
         let gradient = if parameter.is_none() { self.own_non_finite_gradient()? } else { None };
