@@ -16,22 +16,25 @@ use super::launch::{Launch, Master};
 use super::rendezvous::{self, Luggage};
 use super::{Call, Communicator, CommunicatorError, Pending, Reduction, Result, Ticket};
 use library::{Nccl, Op, Raw, Work};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use stickbreak_kernels::cuda::{Event, Queue};
 use stickbreak_tensor::{Device, Tensor, cuda};
-use watchdog::{Outstanding, Watched};
+use watchdog::Watched;
 
-/// Time for the ranks to part in order.
+/// Time for the ranks to part in order, and again for NCCL to free what it has.
 const PARTING: Duration = Duration::from_secs(5);
+/// Time for NCCL to begin a collective before the host sleeps meanwhile: a sleep takes longer than most beginnings.
+const AT_ONCE: Duration = Duration::from_micros(100);
 
 /// The communicator of a process with a GPU.
 #[derive(Debug)]
 pub struct NcclCommunicator {
     watched: Arc<Watched>,
-    watchdog: Option<JoinHandle<()>>,
+    /// The watchdog and its guard.
+    watching: Vec<JoinHandle<()>>,
     ordinal: usize,
     /// The device's one queue, on which all tensors are used.
     computing: Queue,
@@ -59,6 +62,7 @@ impl NcclCommunicator {
     ) -> Result<Self> {
         const START: &str = "connecting the GPUs";
         let refuse = |why: String| CommunicatorError::Gpu { rank: launch.rank, collective: START.to_owned(), why };
+        library::check_blocking(std::env::var_os(library::BLOCKING).as_deref()).map_err(refuse)?;
         let nccl = library::nccl().map_err(refuse)?;
         let computing = cuda::queue(ordinal).map_err(|error| refuse(error.to_string()))?;
         let gpu = |error: stickbreak_kernels::KernelError| refuse(error.to_string());
@@ -68,10 +72,11 @@ impl NcclCommunicator {
             identity: &identity,
             device: Some(computing.gpu().uuid().map_err(gpu)?),
             for_all: if launch.rank == 0 { nccl.unique_id().map_err(refuse)? } else { Vec::new() },
+            ..Luggage::default()
         };
         let met = rendezvous::meet(launch, master, luggage, timeouts)?;
         let communicating = computing.beside().map_err(gpu)?;
-        let raw = connect_device(nccl, &met.for_all, &met.control, timeouts.start).map_err(|why| {
+        let raw = connect_device(nccl, &computing, &met.for_all, &met.control, timeouts.start).map_err(|why| {
             // The others learn from the control plane; what they know of each other says more than a late NCCL.
             let error = met.control.check(START).err();
             met.control.fail(Failure::Lost { culprit: launch.rank, reason: format!("could not connect: {why}") });
@@ -88,16 +93,10 @@ impl NcclCommunicator {
                 nccl.place()
             );
         }
-        let watched = Arc::new(Watched {
-            control: met.control,
-            raw,
-            outstanding: Mutex::new(Outstanding::new()),
-            timeout: timeouts.collective,
-            closing: AtomicBool::new(false),
-        });
-        let watchdog = watchdog::start(Arc::clone(&watched)).map_err(|error| refuse(error.to_string()))?;
+        let watched = Arc::new(Watched::new(met.control, raw, computing.clone(), timeouts.collective));
+        let watching = watchdog::start(&watched).map_err(|error| refuse(error.to_string()))?;
         let starting = Mutex::default();
-        Ok(Self { watched, watchdog: Some(watchdog), ordinal, computing, communicating, starting })
+        Ok(Self { watched, watching, ordinal, computing, communicating, starting })
     }
 
     fn call<'a>(&self, collective: &'static str, what: &'a str) -> Call<'a> {
@@ -133,17 +132,21 @@ impl NcclCommunicator {
         let list = || outstanding.lock().unwrap_or_else(PoisonError::into_inner);
         let number = control.count_collective();
         list().push(number, name.clone());
-        self.communicating.wait_for(&self.computing.mark().map_err(gpu)?).map_err(gpu)?;
+        // What was never begun must not look like a collective that hangs.
+        let forget = || list().remove(number);
+        let ordered = self.computing.mark().and_then(|mark| self.communicating.wait_for(&mark));
+        ordered.inspect_err(|_| forget()).map_err(gpu)?;
         let stream = self.communicating.stream().cu_stream().cast();
         // Until the computing queue, in whose order memory is used and freed, waits for the collective; for ever if that
         // cannot be arranged any more.
         let kept = tensors.map(Clone::clone);
         // SAFETY: the caller's promise about the addresses, and `kept`.
-        unsafe { raw.start(work, tensors[0].dtype(), stream) }.map_err(refuse)?;
+        unsafe { raw.start(work, tensors[0].dtype(), stream) }.inspect_err(|_| forget()).map_err(refuse)?;
         // Most often it is begun at once. Connections that are made at first use need the other ranks, and the watchdog
         // knows whom to blame before this time is over.
         let begun = wait_until_begun(raw, control, 2 * *timeout);
-        match begun.and_then(|()| self.communicating.mark().map_err(|error| error.to_string())) {
+        let mark = || self.communicating.mark().inspect_err(|_| forget()).map_err(|error| error.to_string());
+        match begun.and_then(|()| mark()) {
             Ok(mark) => {
                 let over = Arc::new(mark);
                 list().begun(number, Arc::clone(&over));
@@ -162,28 +165,64 @@ impl NcclCommunicator {
 /// Connects the device whose queue was used last on this thread.
 fn connect_device(
     nccl: &'static Nccl,
+    computing: &Queue,
     id: &[u8],
     control: &Control,
     timeout: Duration,
-) -> std::result::Result<Raw, String> {
-    let raw = Raw::begin(nccl, id, control.rank(), control.ranks())?;
+) -> std::result::Result<Arc<Raw>, String> {
+    let raw = Arc::new(Raw::begin(nccl, id, control.rank(), control.ranks())?);
     let connected = wait_until_begun(&raw, control, timeout);
     if let Err(why) = connected {
-        raw.abort();
+        wait_for(on_its_own(&raw, computing, Raw::abort), PARTING);
         return Err(why);
     }
     Ok(raw)
 }
 
+/// Does what may hang, and ends or frees the communicator, on a thread that nobody has to wait for. The thread has the
+/// device, since NCCL goes back to the one that it finds; and nothing of the control plane, which says goodbye all the same.
+fn on_its_own(raw: &Arc<Raw>, computing: &Queue, act: fn(&Raw)) -> Option<JoinHandle<()>> {
+    let (raw, computing) = (Arc::clone(raw), computing.clone());
+    let work = move || {
+        bind(&computing);
+        act(&raw);
+    };
+    // Without a thread it is left to the end of the process.
+    thread::Builder::new().name("parts".into()).spawn(work).ok()
+}
+
+/// Makes a queue's device the calling thread's; if that fails, so does what needs it.
+fn bind(queue: &Queue) {
+    let _ = queue.stream().context().bind_to_thread();
+}
+
+/// Waits for threads, but not for ever.
+fn wait_for(threads: impl IntoIterator<Item = JoinHandle<()>>, limit: Duration) {
+    let end = Instant::now() + limit;
+    for thread in threads {
+        while !thread.is_finished() && Instant::now() < end {
+            thread::sleep(Duration::from_millis(1));
+        }
+        if thread.is_finished() {
+            let _ = thread.join();
+        }
+    }
+}
+
 /// Waits until NCCL has begun what it was asked for, while the group holds.
 fn wait_until_begun(raw: &Raw, control: &Control, timeout: Duration) -> std::result::Result<(), String> {
-    let end = Instant::now() + timeout;
+    let start = Instant::now();
     let mut pause = Duration::from_micros(10);
     while !raw.status()? {
         if control.failure().is_some() {
             return Err("another rank failed".to_owned());
         }
-        if Instant::now() > end {
+        let waited = start.elapsed();
+        if waited < AT_ONCE {
+            thread::yield_now();
+            continue;
+        }
+        if waited > timeout {
             return Err(format!("NCCL did not begin within {:.1} s", timeout.as_secs_f64()));
         }
         thread::sleep(pause);
@@ -248,9 +287,8 @@ impl Communicator for NcclCommunicator {
 
     fn abort(&self, reason: &str) {
         host::abort(&self.watched.control, reason);
-        let watched = Arc::clone(&self.watched);
-        // Ends the kernels that wait for other ranks, so that this process can end; on a thread, since it may hang itself.
-        thread::spawn(move || watched.raw.abort());
+        // Ends the kernels that wait for other ranks, so that this process can end.
+        let _ = on_its_own(&self.watched.raw, &self.computing, Raw::abort);
     }
 }
 
@@ -263,18 +301,13 @@ impl Drop for NcclCommunicator {
             let _ = self.communicating.synchronize();
         }
         watched.closing.store(true, Ordering::Release);
-        if let Some(watchdog) = self.watchdog.take() {
-            let _ = watchdog.join();
-        }
-        if !broken() {
-            return watched.raw.close(PARTING);
-        }
-        let aborting = Arc::clone(watched);
-        let abort = thread::spawn(move || aborting.raw.abort());
-        let end = Instant::now() + PARTING;
-        while !abort.is_finished() && Instant::now() < end {
-            thread::sleep(Duration::from_millis(10));
-        }
+        // The watchdog may wait for an abort that hangs.
+        wait_for(self.watching.drain(..), PARTING);
+        let (act, limit): (fn(&Raw), _) = match broken() {
+            false => (|raw| raw.close(PARTING), 2 * PARTING),
+            true => (Raw::abort, PARTING),
+        };
+        wait_for(on_its_own(&watched.raw, &self.computing, act), limit);
     }
 }
 

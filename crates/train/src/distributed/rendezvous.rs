@@ -9,6 +9,7 @@ use super::control::{Control, Timeouts};
 use super::frame::{self, Hello, MAGIC, Message, PROTOCOL};
 use super::launch::{Launch, Master};
 use super::{CommunicatorError, Ranks, Result};
+use crate::signal::StopFlag;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::mpsc;
@@ -24,6 +25,8 @@ pub(crate) struct Luggage<'a> {
     pub(crate) device: Option<String>,
     /// What rank 0 has for all; ignored on other ranks.
     pub(crate) for_all: Vec<u8>,
+    /// Ends the wait for the others; by default nothing does.
+    pub(crate) stop: StopFlag,
 }
 
 /// Who came.
@@ -46,8 +49,8 @@ const RETRY: Duration = Duration::from_millis(200);
 /// Meets all other ranks.
 ///
 /// # Errors
-/// If they do not all come in time (naming the missing ones), differ in their identity, share a GPU, or the address cannot
-/// be used.
+/// If they do not all come in time (naming the missing ones), differ in their identity, share a GPU, the address cannot be
+/// used, or the luggage's flag says stop.
 pub(crate) fn meet(launch: &Launch, master: &Master, luggage: Luggage<'_>, timeouts: Timeouts) -> Result<Met> {
     if launch.rank == 0 {
         let listener = listen(launch, master)?;
@@ -122,6 +125,9 @@ pub(super) fn receive(
             }
             let rank = hello.rank;
             guests[rank] = Some((hello, stream));
+        }
+        if let Err(why) = go_on(&luggage.stop) {
+            return Err(party.refuse(&mut guests, format!("rank 0 was {why}")));
         }
         if Instant::now() > end {
             let missing = Ranks((1..launch.ranks).filter(|&rank| guests[rank].is_none()).collect());
@@ -276,7 +282,7 @@ impl Party<'_> {
     /// The side of all other ranks.
     fn join(self, luggage: Luggage<'_>) -> Result<Met> {
         let end = Instant::now() + self.timeouts.start;
-        let mut stream = self.connect(end)?;
+        let mut stream = self.connect(end, &luggage.stop)?;
         // Rank 0 may have come later, and its message says who is missing.
         let patience = end.saturating_duration_since(Instant::now()) + self.timeouts.start + INTRODUCTION;
         let mut introduce = || -> io::Result<(Message, Vec<u8>)> {
@@ -293,7 +299,8 @@ impl Party<'_> {
                     "another program is there, its answer begins with {start:?}: is MASTER_PORT right?"
                 )));
             }
-            stream.set_read_timeout(Some(patience))?;
+            wait_for_words(&stream, patience, &luggage.stop)?;
+            stream.set_read_timeout(Some(INTRODUCTION))?;
             frame::read(&mut stream)
         };
         match introduce() {
@@ -320,8 +327,9 @@ impl Party<'_> {
     }
 
     /// Tries until rank 0 listens; it may be started later.
-    fn connect(self, end: Instant) -> Result<TcpStream> {
+    fn connect(self, end: Instant, stop: &StopFlag) -> Result<TcpStream> {
         loop {
+            go_on(stop).map_err(|why| self.error(why))?;
             let tried = self.resolve().and_then(|addresses| {
                 let mut last = io::Error::other("no address");
                 for address in addresses {
@@ -349,8 +357,76 @@ impl Party<'_> {
     }
 }
 
+/// Says as an error that the wait is to end, if it is.
+fn go_on(stop: &StopFlag) -> std::result::Result<(), String> {
+    match stop.cause() {
+        None => Ok(()),
+        Some(cause) => Err(format!("stopped by {cause} before all ranks were there")),
+    }
+}
+
+/// Waits until the other end says something or closes the connection.
+fn wait_for_words(stream: &TcpStream, patience: Duration, stop: &StopFlag) -> io::Result<()> {
+    let end = Instant::now() + patience;
+    stream.set_read_timeout(Some(RETRY))?;
+    loop {
+        go_on(stop).map_err(io::Error::other)?;
+        match stream.peek(&mut [0]) {
+            Ok(_) => return Ok(()),
+            Err(cause) => match cause.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut if Instant::now() < end => {}
+                io::ErrorKind::Interrupted => {}
+                _ => return Err(cause),
+            },
+        }
+    }
+}
+
 /// The name of this machine.
 fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| std::env::var("HOSTNAME").ok());
     name.map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).unwrap_or_else(|| "an unnamed host".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a rank of two says when its flag says stop in the middle of its wait.
+    fn stopped(rank: usize, port: u16) -> String {
+        let (stop, timeouts) = (StopFlag::new(), Timeouts::default());
+        let master = Master::from(("127.0.0.1".to_owned(), port));
+        let launch = Launch { rank, ranks: 2, local_ranks: Some(2), master: Some(master.clone()), ..Launch::alone() };
+        let later = stop.clone();
+        let hand = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(300));
+            later.trigger();
+        });
+        let start = Instant::now();
+        let error = meet(&launch, &master, Luggage { stop, ..Luggage::default() }, timeouts).unwrap_err().to_string();
+        assert!(start.elapsed() < timeouts.start / 4, "{:?}", start.elapsed());
+        hand.join().unwrap();
+        error
+    }
+
+    #[test]
+    fn every_wait_ends_when_the_run_is_to_stop() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        // The other side answers, and then says nothing more.
+        let silent = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(&MAGIC).unwrap();
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all).unwrap();
+        });
+        let error = stopped(1, port);
+        assert!(error.contains("rank 1") && error.contains("stopped by request"), "{error}");
+        silent.join().unwrap();
+        // Nobody listens there any more.
+        let error = stopped(1, port);
+        assert!(error.contains("rank 1") && error.contains("stopped by request"), "{error}");
+        let error = stopped(0, 0);
+        assert!(error.contains("rank 0 was stopped by request before all ranks were there"), "{error}");
+    }
 }

@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use libloading::Library;
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, OsStr, c_char, c_int, c_uint, c_void};
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -53,6 +53,23 @@ impl Config {
             split_share: DEFAULT,
             traffic_class: DEFAULT,
         }
+    }
+}
+
+/// The environment variable that overrides [`Config::blocking`].
+pub(super) const BLOCKING: &str = "NCCL_COMM_BLOCKING";
+
+/// Whether calls stay non-blocking with this value of [`BLOCKING`].
+///
+/// # Errors
+/// If the value is anything but `0` or nothing.
+pub(super) fn check_blocking(value: Option<&OsStr>) -> Result<(), String> {
+    match value.filter(|value| !value.is_empty() && *value != "0") {
+        None => Ok(()),
+        Some(value) => Err(format!(
+            "{BLOCKING} is {value:?} in the environment: NCCL would wait without an end for a rank that is lost; unset \
+             {BLOCKING}, or set it to 0"
+        )),
     }
 }
 
@@ -355,6 +372,17 @@ mod tests {
         assert_eq!((offset_of!(Config, magic), offset_of!(Config, blocking)), (8, 16));
         assert_eq!((offset_of!(Config, net_name), offset_of!(Config, traffic_class)), (32, 44));
         assert_eq!(size_of::<UniqueId>(), 128);
+    }
+
+    #[test]
+    fn blocking_calls_are_refused() {
+        for fine in [None, Some(""), Some("0")] {
+            assert_eq!(check_blocking(fine.map(OsStr::new)), Ok(()));
+        }
+        for value in ["1", "true", "-1"] {
+            let error = check_blocking(Some(OsStr::new(value))).unwrap_err();
+            assert!(error.contains(&format!("NCCL_COMM_BLOCKING is {value:?}")) && error.contains("unset"), "{error}");
+        }
     }
 
     #[test]
