@@ -285,6 +285,10 @@ impl Communicator for NcclCommunicator {
         host::gather_values(&self.watched.control, self.call("gather_values", what), values)
     }
 
+    fn check(&self, what: &str) -> Result<()> {
+        self.watched.control.check(what)
+    }
+
     fn abort(&self, reason: &str) {
         host::abort(&self.watched.control, reason);
         // Ends the kernels that wait for other ranks, so that this process can end.
