@@ -256,14 +256,14 @@ fn training_goes_on_while_a_checkpoint_is_written() {
     for ranks in [1, 2] {
         let whole = workspace.train_together(&format!("whole-{ranks}"), &changes(&[]), ranks);
         let all = changes(&["checkpoint.asynchronous=true"]);
-        // The file of step 4 is made only when step 7 is done: a save that training waits for would never end. That of
-        // the other rank, too.
+        // The file of step 4 is made only when step 5 is done: a save that training waits for would never end. That of
+        // the other rank, too. (Before the sample of step 6 several ranks finish the save.)
         let name = format!("run-{ranks}");
         let run = workspace.path(&name);
         let results = workspace.train_ranks_with(&name, &all, ranks, TIMEOUT, |communicator| {
             let file =
                 if communicator.rank() == 0 { "model.safetensors" } else { "optimizer-00001-of-00002.safetensors" };
-            let disk = Arc::new(WaitsForStep { metrics: run.join("metrics.jsonl"), file, step: 7 });
+            let disk = Arc::new(WaitsForStep { metrics: run.join("metrics.jsonl"), file, step: 5 });
             (StopFlag::new(), TrainerOptions { disk, ..TrainerOptions::default() })
         });
         assert!(results.iter().all(|result| *result == Ok(Outcome::Finished)), "{results:?}");
