@@ -17,8 +17,9 @@ stickbreak for a machine without Rust
 
 The machine needs an x86-64 Linux with a C library as new as that of the machine which built this folder, an NVIDIA
 driver (580 or newer), and two libraries of CUDA 13: libnvrtc.so.13 (with libnvrtc-builtins.so.13.0 beside it) and
-libcublasLt.so.13. They are looked for in the loader's path, in lib/ here, in $CUDA_HOME, in an active Python environment
-(pip install nvidia-cuda-nvrtc nvidia-cublas) and in /usr/local/cuda. Without them everything runs on the CPU.
+libcublasLt.so.13; several GPUs also need libnccl.so.2. They are looked for in the loader's path, in lib/ here, in
+$CUDA_HOME, in an active Python environment (pip install nvidia-cuda-nvrtc nvidia-cublas nvidia-nccl-cu13) and in
+/usr/local/cuda. Without them everything runs on the CPU.
 
     ./stickbreak doctor                     says whether everything was found, and what training would use
     ./stickbreak train configs/350m.toml    trains; each config says how to point it at your text
@@ -38,7 +39,18 @@ const RUN_TESTS: &str = "\
 cd \"$(dirname \"$0\")\" || exit 1
 export LD_LIBRARY_PATH=\"$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}\"
 failed=0
+gpus=$(nvidia-smi -L | grep -c '^GPU')
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
 for test in tests/*; do
+  needs=
+  case \"$test\" in
+    */cuda_nccl | */cuda_distributed) [ \"$gpus\" -ge 2 ] || needs=\"two GPUs, and there are $gpus\" ;;
+    */cuda_hopper) [ \"$capability\" = 9.0 ] || needs=\"compute capability 9.0, and this card has $capability\" ;;
+  esac
+  if [ -n \"$needs\" ]; then
+    echo \"== $test NOT RUN: it needs $needs\"
+    continue
+  fi
   echo \"== $test\"
   \"$test\" --ignored --test-threads 1 \"$@\" || failed=1
 done

@@ -3,7 +3,7 @@
 use crate::config::RunConfig;
 use crate::data::DataError;
 use crate::device::DeviceOption;
-use crate::distributed::{Timeouts, connect, launch, spawn};
+use crate::distributed::{Timeouts, connect_unless, launch, spawn};
 use crate::signal::StopFlag;
 use crate::trainer::{Trainer, TrainerOptions, program_version};
 use anyhow::Result;
@@ -54,7 +54,14 @@ pub(super) fn run(args: TrainArgs) -> Result<()> {
     let device = args.device.announce_for(&launch)?;
     let collective = Duration::from_secs(config.distributed.timeout_seconds);
     let timeouts = Timeouts { collective, ..Timeouts::default() };
-    let communicator = connect(&launch, device, &identity(&config, device), timeouts)?;
+    let communicator = match connect_unless(&launch, device, &identity(&config, device), timeouts, &stop) {
+        // Nothing has begun: an end in order.
+        Err(error) if stop.is_set() => {
+            eprintln!("{error}");
+            return Ok(());
+        }
+        communicator => communicator?,
+    };
     let options = TrainerOptions { device, profile: args.profile, communicator, ..TrainerOptions::default() };
     match Trainer::open_with(config, &folder, stop.clone(), options) {
         // What is prepared is kept, and the same command goes on: for a single process this is an end in order.

@@ -7,6 +7,7 @@ use super::nccl::NcclCommunicator;
 use super::rendezvous::{self, Luggage};
 use super::single::Single;
 use super::{Communicator, Result};
+use crate::signal::StopFlag;
 use std::sync::Arc;
 use stickbreak_tensor::Device;
 
@@ -24,16 +25,32 @@ pub fn connect(
     identity: &[(String, String)],
     timeouts: Timeouts,
 ) -> Result<Arc<dyn Communicator>> {
+    connect_unless(launch, device, identity, timeouts, &StopFlag::new())
+}
+
+/// [`connect`], unless `stop` is set while others are waited for.
+///
+/// # Errors
+/// As [`connect`], or if it was stopped.
+pub fn connect_unless(
+    launch: &Launch,
+    device: Device,
+    identity: &[(String, String)],
+    timeouts: Timeouts,
+    stop: &StopFlag,
+) -> Result<Arc<dyn Communicator>> {
     let master = match &launch.master {
         Some(master) if launch.ranks > 1 => master,
         _ => return Ok(Arc::new(Single)),
     };
     match device {
         Device::Cpu => {
-            let luggage = Luggage { identity, ..Luggage::default() };
+            let luggage = Luggage { identity, stop: stop.clone(), ..Luggage::default() };
             let met = rendezvous::meet(launch, master, luggage, timeouts)?;
             Ok(Arc::new(HostCommunicator::new(met.control)))
         }
-        Device::Cuda(ordinal) => Ok(Arc::new(NcclCommunicator::connect(launch, master, ordinal, identity, timeouts)?)),
+        Device::Cuda(ordinal) => {
+            Ok(Arc::new(NcclCommunicator::connect(launch, master, ordinal, identity, timeouts, stop)?))
+        }
     }
 }

@@ -31,7 +31,7 @@ pub mod single;
 pub mod spawn;
 pub mod weights;
 
-pub use connect::connect;
+pub use connect::{connect, connect_unless};
 pub use control::Timeouts;
 pub use error::{BECAUSE_OF_ANOTHER_RANK, CommunicatorError, Ranks, Result, exit_code};
 

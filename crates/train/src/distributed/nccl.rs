@@ -15,6 +15,7 @@ use super::host;
 use super::launch::{Launch, Master};
 use super::rendezvous::{self, Luggage};
 use super::{Call, Communicator, CommunicatorError, Pending, Reduction, Result, Ticket};
+use crate::signal::StopFlag;
 use library::{Nccl, Op, Raw, Work};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -59,6 +60,7 @@ impl NcclCommunicator {
         ordinal: usize,
         identity: &[(String, String)],
         timeouts: Timeouts,
+        stop: &StopFlag,
     ) -> Result<Self> {
         const START: &str = "connecting the GPUs";
         let refuse = |why: String| CommunicatorError::Gpu { rank: launch.rank, collective: START.to_owned(), why };
@@ -72,7 +74,7 @@ impl NcclCommunicator {
             identity: &identity,
             device: Some(computing.gpu().uuid().map_err(gpu)?),
             for_all: if launch.rank == 0 { nccl.unique_id().map_err(refuse)? } else { Vec::new() },
-            ..Luggage::default()
+            stop: stop.clone(),
         };
         let met = rendezvous::meet(launch, master, luggage, timeouts)?;
         let communicating = computing.beside().map_err(gpu)?;

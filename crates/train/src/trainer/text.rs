@@ -93,8 +93,8 @@ impl Text {
         Self::open_unless(config, &StopFlag::new())
     }
 
-    /// [`open`](Self::open), unless `stop` is set while the data is prepared: then it ends with [`DataError::Stopped`](crate::data::DataError::Stopped),
-    /// and the next call goes on with the preparation.
+    /// [`open`](Self::open), unless `stop` is set while the data is prepared: then it ends with
+    /// [`DataError::Stopped`](crate::data::DataError::Stopped), and the next call goes on with the preparation.
     ///
     /// # Errors
     /// As [`open`](Self::open).
