@@ -41,12 +41,17 @@ DEVICE bool barrier_passed(u32 barrier, u32 parity) {
     return passed != 0;
 }
 // Waits until the phase of this parity is complete. A barrier starts in phase 0, as if the phase of parity 1 were complete.
-// With WATCHDOG, a wait that fails so often (each time the card waits a little by itself) ends the kernel with an error.
+// With WATCHDOG, a wait of more than so many nanoseconds ends the kernel with an error.
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
 #ifdef WATCHDOG
-    u32 failed = 0;
+    auto now = [] {
+        u64 time;
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
+        return time;
+    };
+    const u64 begun = now();
     while (!barrier_passed(barrier, parity))
-        if (++failed > WATCHDOG) __trap();
+        if (now() - begun > WATCHDOG) __trap();
 #else
     while (!barrier_passed(barrier, parity)) {}
 #endif

@@ -516,6 +516,8 @@ DEVICE void consume(const Forward& p, u8* shared) {
                 products_begin();
                 start_scores();
                 wait_v();
+                // Again: the wait lies between the weights' registers and the products that read them.
+                products_begin();
                 start_values();
                 pass_turn();
                 products_wait<OVERLAP ? 1 : 0>();

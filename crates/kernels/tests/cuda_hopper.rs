@@ -274,7 +274,9 @@ fn b3_saturated_scores_and_scales() {
         // Scores beyond anything: whatever happens, happens in range.
         let problem = exact(&[301], (1, 1), head_dim, 300.0);
         let spec = StickBreakingSpec::new(problem.layout);
+        let watchdog = Watchdog::new("scores beyond anything", PATIENCE);
         let found = run(&table.queue, &spec, &problem, Kernels::Hopper(Tuning::new(head_dim)));
+        drop(watchdog);
         let finite = found.tensors.iter().flatten().all(|x| x.is_finite()) && found.rem.iter().all(|x| x.is_finite());
         table.expect("scores beyond anything", finite, || format!("head dim {head_dim}: not finite"));
     }
@@ -302,6 +304,7 @@ fn b4_early_exit() {
         }
         let spec = StickBreakingSpec { early_exit_bits: 20, ..StickBreakingSpec::new(problem.layout) };
         table.check("never broken", &spec, &problem);
+        let _watchdog = Watchdog::new("never broken", PATIENCE);
         let saved = run(&table.queue, &spec, &problem, Kernels::Hopper(Tuning::new(head_dim))).saved;
         let (visited, causal) = saved.visited_tiles(&table.queue).unwrap();
         table.expect("never broken", visited == [causal], || format!("{visited:?} of {causal}"));

@@ -165,8 +165,8 @@ impl Queue {
         if shape.grid.contains(&0) {
             return Ok(());
         }
-        kernel.allow_shared(shape.shared)?;
         self.gpu().bind()?;
+        kernel.allow_shared(shape.shared)?;
         let mut bits = [0u64; MAX_ARGUMENTS];
         let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_ARGUMENTS];
         for (pointer, map) in pointers.iter_mut().zip(maps) {

@@ -82,8 +82,8 @@ impl Tuning {
             ("TURNS", u8::from(self.turns).to_string()),
         ];
         if self.watchdog {
-            // Failed attempts, at each of which the card waits for some microseconds.
-            defines.push(("WATCHDOG", "1000000".to_owned()));
+            // Nanoseconds: far longer than any tile takes.
+            defines.push(("WATCHDOG", "2000000000".to_owned()));
         }
         Source { file: "stick_breaking_hopper.cu", parts, defines }
     }
@@ -160,8 +160,9 @@ impl Hopper {
         }
         let tiles = shape.tiles(documents, tuning.rows(), false);
         let items = tiles.len() * layout.query_heads;
-        if items > i32::MAX as usize {
-            return Err(KernelError::size(OP, "tiles of queries times heads", "below 2^31", items));
+        // A ticket runs past the items by the number of blocks.
+        if items > 1 << 30 {
+            return Err(KernelError::size(OP, "tiles of queries times heads", "at most 2^30", items));
         }
         let head_bytes = 2 * layout.tokens * layout.head_dim * DeviceType::Bf16.size();
         let section = (SECTION_BYTES / head_bytes).clamp(1, layout.kv_heads) * layout.group();
@@ -182,14 +183,15 @@ impl Hopper {
         let tokens = layout.tokens;
         let (width, kv_width) = (layout.query_heads * layout.head_dim, layout.kv_heads * layout.head_dim);
         let [q, k, v] = call.inputs;
+        // Where the blocks take their items; each starts with the one of its own number. First of all, because it binds the
+        // device to this thread, which the maps need.
+        let mut ticket = queue.scratch(DeviceType::U32, 1)?;
+        queue.zero(&mut ticket.as_mut())?;
         let maps = [
             TensorMap::swizzled(OP, "q", q, &query_boxes(tokens, width, layout.query_stride))?,
             TensorMap::swizzled(OP, "k", k, &key_boxes(tokens, kv_width, layout.key_stride))?,
             TensorMap::swizzled(OP, "v", v, &key_boxes(tokens, kv_width, layout.value_stride))?,
         ];
-        // Where the blocks take their items; each starts with the one of its own number.
-        let mut ticket = queue.scratch(DeviceType::U32, 1)?;
-        queue.zero(&mut ticket.as_mut())?;
         let items = self.tiles.count as usize * layout.query_heads;
         let blocks = items.min(queue.gpu().multiprocessors() as usize);
         let int = |size: usize| Arg::from(size as i32);
