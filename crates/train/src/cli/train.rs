@@ -63,9 +63,9 @@ pub(super) fn run(args: TrainArgs) -> Result<()> {
         communicator => communicator?,
     };
     let options = TrainerOptions { device, profile: args.profile, communicator, ..TrainerOptions::default() };
-    match Trainer::open_with(config, &folder, stop.clone(), options) {
+    match Trainer::open_with(config, &folder, stop, options) {
         // What is prepared is kept, and the same command goes on: for a single process this is an end in order.
-        Err(error) if launch.ranks == 1 && stop.is_set() && is_stopped(&error) => {
+        Err(error) if launch.ranks == 1 && is_stopped(&error) => {
             eprintln!("{error:#}");
             Ok(())
         }
@@ -73,7 +73,7 @@ pub(super) fn run(args: TrainArgs) -> Result<()> {
     }
 }
 
-/// Whether a preparation of data was stopped, rather than failed.
+/// Whether a preparation of data was stopped by a signal, rather than failed.
 fn is_stopped(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| matches!(cause.downcast_ref(), Some(DataError::Stopped(_))))
 }
