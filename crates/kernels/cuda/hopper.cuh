@@ -98,8 +98,11 @@ DEVICE void copy_box(u32 to, const TensorMap& map, u32 barrier, int x, int y, in
         ::"r"(to), "l"((u64)&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 
-// The order of 128 keys in a tile: row n holds key permuted_key(n), so that lane c of a quad owns keys 32 c .. 32 c + 31.
-constexpr __device__ int permuted_key(int row) { return 32 * ((row >> 1) & 3) + 2 * (row >> 3) + (row & 1); }
+// The order of the keys in a tile of them: row n holds key permuted_key(n), so that lane c of a quad owns the keys from
+// c keys / 4 to (c + 1) keys / 4.
+template <int keys> constexpr __device__ int permuted_key(int row) {
+    return keys / 4 * ((row >> 1) & 3) + 2 * (row >> 3) + (row & 1);
+}
 
 // ------------------------------------------------------------------------------------------------ registers
 
@@ -155,6 +158,13 @@ template <bool add> DEVICE void multiply_shared(float (&d)[64], u64 a, u64 b) {
         "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n\t}"
         : ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32) : "l"(a), "l"(b), "n"((int)add));
+}
+// The same for 64 x 64.
+template <bool add> DEVICE void multiply_shared(float (&d)[32], u64 a, u64 b) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_32 "}, %32, %33, p, 1, 1, 0, 0;\n\t}"
+        : ACCUMULATORS_32(d, 0) : "l"(a), "l"(b), "n"((int)add));
 }
 // d += a b for 64 x 128 or 64 x 64: a in registers, b in shared memory with rows across the inner dimension.
 DEVICE void multiply_registers(float (&d)[64], const u32 (&a)[4], u64 b) {

@@ -1,8 +1,8 @@
-//! Times the forward pass of stick-breaking attention on a Hopper card, portable and Hopper kernels, dense: scores are
-//! shifted so that the stick never breaks, and early exit is off. 4 B H D L L / 2 flops.
+//! Times both passes of stick-breaking attention on a Hopper card, portable and Hopper kernels, dense: scores are shifted so
+//! that the stick never breaks, and early exit is off. 4 B H D L L / 2 flops forward, 2.5 times that backward.
 //!
 //! `cargo run --release -p stickbreak-kernels --example hopper_speed -- [probe] [tunings] [B,H,L,D ...]`
-//! `probe` measures the parts alone, `tunings` every way to build the kernel.
+//! `probe` measures the parts alone, `tunings` every way to build each kernel, with portable ones beside it.
 
 use std::time::Duration;
 
@@ -10,8 +10,9 @@ use half::bf16;
 use stickbreak_kernels::attention::AttentionLayout;
 use stickbreak_kernels::attention::stick_breaking::StickBreakingSpec;
 use stickbreak_kernels::attention::stick_breaking::cuda::{Kernels, Plan};
-use stickbreak_kernels::attention::stick_breaking::hopper::Tuning;
-use stickbreak_kernels::attention::stick_breaking::hopper_probe::{self, Probe};
+use stickbreak_kernels::attention::stick_breaking::hopper::forward::Tuning;
+use stickbreak_kernels::attention::stick_breaking::hopper::probe::{self, Probe};
+use stickbreak_kernels::attention::stick_breaking::hopper::{Choice, dq, sticks};
 use stickbreak_kernels::cuda::{DeviceType, Queue, Scratch, sources_for};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -57,7 +58,8 @@ fn values(count: usize, head_dim: usize, shift: f32, mut seed: u32) -> Vec<bf16>
 struct Case {
     spec: StickBreakingSpec,
     documents: Vec<i32>,
-    inputs: [Scratch; 3],
+    /// q, k, v, d_o.
+    inputs: [Scratch; 4],
     flops: f64,
 }
 
@@ -69,29 +71,63 @@ impl Case {
         let shift = (8.0 / spec.scale).sqrt() as f32;
         let count = tokens * heads * head_dim;
         let upload = |shift, seed| queue.upload(&values(count, head_dim, shift, seed));
-        let inputs = [upload(shift, 1)?, upload(-shift, 2)?, upload(0.0, 3)?];
+        let inputs = [upload(shift, 1)?, upload(-shift, 2)?, upload(0.0, 3)?, upload(0.0, 4)?];
         let documents = (0..=batch).map(|document| (document * length) as i32).collect();
         let flops = 4.0 * (batch * heads * head_dim) as f64 * (length * length) as f64 / 2.0;
         Ok(Self { spec, documents, inputs, flops })
     }
 
-    /// Least and median milliseconds.
-    fn time(&self, queue: &Queue, kernels: Kernels) -> Outcome<(f64, f64)> {
+    /// Median milliseconds of the forward and the backward pass.
+    fn time(&self, queue: &Queue, kernels: Kernels) -> Outcome<[f64; 2]> {
         let plan = Plan::with_kernels(queue, &self.spec, &self.documents, DeviceType::Bf16, kernels)?;
-        let [q, k, v] = self.inputs.each_ref().map(Scratch::as_ref);
-        let mut o = queue.scratch(DeviceType::Bf16, q.len())?;
-        let mut times = Vec::new();
+        let [q, k, v, d_o] = self.inputs.each_ref().map(Scratch::as_ref);
+        let mut outputs = [0; 4].map(|_| queue.scratch(DeviceType::Bf16, q.len()));
+        let [Ok(o), Ok(dq), Ok(dk), Ok(dv)] = outputs.each_mut() else { return Err("out of memory".into()) };
+        let mut times = [Vec::new(), Vec::new()];
         for run in 0..RUNS + 2 {
             let timer = queue.timer()?;
-            plan.forward(queue, q, k, v, &mut o.as_mut(), None, None, false)?;
-            let milliseconds = timer.milliseconds()?;
+            let saved = plan.forward(queue, q, k, v, &mut o.as_mut(), None, None, true)?.ok_or("nothing was saved")?;
+            let forward = timer.milliseconds()?;
+            let timer = queue.timer()?;
+            let [mut dq, mut dk, mut dv] = [&mut *dq, &mut *dk, &mut *dv].map(Scratch::as_mut);
+            plan.backward(queue, q, k, v, d_o, None, &saved, &mut dq, &mut dk, &mut dv)?;
+            let backward = timer.milliseconds()?;
             if run >= 2 {
-                times.push(milliseconds);
+                times[0].push(forward);
+                times[1].push(backward);
             }
         }
-        times.sort_by(f64::total_cmp);
-        Ok((times[0], times[RUNS / 2]))
+        Ok(times.map(|mut times| {
+            times.sort_by(f64::total_cmp);
+            times[RUNS / 2]
+        }))
     }
+}
+
+fn describe(choice: &Choice) -> String {
+    let turned = |turns| if turns { " turns" } else { "" };
+    let mut text = String::new();
+    if let Some(Tuning { warpgroups, stages, chunk, overlap, turns, .. }) = choice.forward {
+        let overlap = if overlap { " overlap" } else { "" };
+        text += &format!("o: {warpgroups} warpgroups, {stages} stages, chunks of {chunk}{overlap}{}", turned(turns));
+    }
+    if let Some(sticks::Tuning { warpgroups, stages, .. }) = choice.sticks {
+        text += &format!("sticks: {warpgroups} warpgroups, {stages} stages");
+    }
+    if let Some(dq::Tuning { warpgroups, stages, turns, .. }) = choice.dq {
+        text += &format!("dq: {warpgroups} warpgroups, {stages} stages{}", turned(turns));
+    }
+    text
+}
+
+/// Every choice of kernels to measure, with its name.
+fn choices(head_dim: usize, every: bool) -> Vec<(String, Kernels)> {
+    let mut all = vec![("portable".to_owned(), Kernels::Portable)];
+    all.push(("default".to_owned(), Kernels::Hopper(Choice::new(head_dim))));
+    if every {
+        all.extend(Choice::candidates(head_dim).into_iter().map(|choice| (describe(&choice), Kernels::Hopper(choice))));
+    }
+    all
 }
 
 /// What the parts are measured with: warpgroups, chunk, overlap.
@@ -139,10 +175,13 @@ fn main() -> Outcome<()> {
     // Compiled in parallel, ahead.
     let mut sources = Vec::new();
     for head_dim in [64, 128] {
-        let tunings = if asked("tunings") { Tuning::candidates(head_dim) } else { vec![Tuning::new(head_dim)] };
-        sources.extend(tunings.iter().map(|tuning| tuning.source(head_dim)));
+        for (_, kernels) in choices(head_dim, asked("tunings")) {
+            if let Kernels::Hopper(choice) = kernels {
+                sources.extend(choice.sources(head_dim));
+            }
+        }
         if asked("probe") {
-            sources.extend(probes(head_dim).iter().map(|tuning| hopper_probe::source(head_dim, tuning)));
+            sources.extend(probes(head_dim).iter().map(|tuning| probe::source(head_dim, tuning)));
         }
         let portable = sources_for(head_dim, DeviceType::Bf16);
         sources.extend(portable.into_iter().filter(|source| source.file == "stick_breaking.cu"));
@@ -151,23 +190,15 @@ fn main() -> Outcome<()> {
     if asked("probe") {
         probe(&queue)?;
     }
-    println!("| B,H,L,D | kernel | ms (least) | ms (median) | TFLOP/s (median) |\n|---|---|---|---|---|");
+    println!("| B,H,L,D | kernels | forward ms | TFLOP/s | backward ms | TFLOP/s |\n|---|---|---|---|---|---|");
     for shape in shapes {
-        let head_dim = shape[3];
         let name = shape.map(|size| size.to_string()).join(",");
         let case = Case::new(&queue, shape)?;
-        let mut kernels = vec![("portable".to_owned(), Kernels::Portable)];
-        let tunings = if asked("tunings") { Tuning::candidates(head_dim) } else { vec![Tuning::new(head_dim)] };
-        kernels.extend(tunings.into_iter().map(|tuning| {
-            let Tuning { warpgroups, stages, chunk, overlap, turns, .. } = tuning;
-            let options = [(overlap, " overlap"), (turns, " turns")];
-            let options: String = options.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect();
-            (format!("{warpgroups} warpgroups, {stages} stages, chunks of {chunk}{options}"), Kernels::Hopper(tuning))
-        }));
-        for (kernel, choice) in kernels {
+        for (kernel, choice) in choices(shape[3], asked("tunings")) {
             match watched(&format!("{name} {kernel}"), || case.time(&queue, choice)) {
-                Ok((least, median)) => {
-                    println!("| {name} | {kernel} | {least:.3} | {median:.3} | {:.0} |", case.flops / median / 1e9);
+                Ok([forward, backward]) => {
+                    let [there, back] = [case.flops / forward / 1e9, 2.5 * case.flops / backward / 1e9];
+                    println!("| {name} | {kernel} | {forward:.3} | {there:.0} | {backward:.3} | {back:.0} |");
                 }
                 Err(error) => println!("| {name} | {kernel} | {error} |"),
             }

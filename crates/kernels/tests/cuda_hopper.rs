@@ -1,5 +1,5 @@
-//! The Hopper forward pass of stick-breaking attention against the portable one and the dense float64 reference; the
-//! backward pass on the state that it leaves; and its parts alone. Prints a line per case; run with `--nocapture`.
+//! The Hopper kernels of stick-breaking attention against the portable ones and the dense float64 reference; either with
+//! the other's state; and their parts alone. Prints a line per case; run with `--nocapture`.
 
 mod attention_support;
 mod cuda_support;
@@ -9,8 +9,9 @@ use cuda_support::{Watchdog, download, exact, poisoned, queue, same_bits, upload
 use half::bf16;
 use stickbreak_kernels::attention::AttentionLayout;
 use stickbreak_kernels::attention::stick_breaking::cuda::{Kernels, Plan, Saved};
-use stickbreak_kernels::attention::stick_breaking::hopper::Tuning;
-use stickbreak_kernels::attention::stick_breaking::hopper_probe::{self, Probe};
+use stickbreak_kernels::attention::stick_breaking::hopper::Choice;
+use stickbreak_kernels::attention::stick_breaking::hopper::forward::Tuning;
+use stickbreak_kernels::attention::stick_breaking::hopper::probe::{self, Probe};
 use stickbreak_kernels::attention::stick_breaking::{StickBreakingSpec, reference};
 use stickbreak_kernels::cuda::{DeviceType, Queue, Scratch, sources_for};
 
@@ -28,7 +29,7 @@ fn plan(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64>, kernels
     Plan::with_kernels(queue, spec, &problem.cu_seqlens, DeviceType::Bf16, kernels).unwrap()
 }
 
-/// Forward by these kernels, backward by the portable ones on the state that was left.
+/// Both passes by these kernels.
 fn run(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64>, kernels: Kernels) -> Found {
     let layout = &spec.layout;
     let (width, kv_width) = (layout.query_heads * layout.head_dim, layout.kv_heads * layout.head_dim);
@@ -82,7 +83,7 @@ impl Table {
             problem.cu_seqlens
         );
         let _watchdog = Watchdog::new(&name, PATIENCE);
-        let hopper = Kernels::Hopper(Tuning::new(head_dim));
+        let hopper = Kernels::Hopper(Choice::new(head_dim));
         let found = run(&self.queue, spec, problem, hopper);
         let again = run(&self.queue, spec, problem, hopper);
         let portable = run(&self.queue, spec, problem, Kernels::Portable);
@@ -140,8 +141,8 @@ fn a0_kernels_compile() {
     let queue = queue();
     let mut sources = Vec::new();
     for head_dim in [64, 128] {
-        sources.extend(Tuning::candidates(head_dim).iter().map(|tuning| tuning.source(head_dim)));
-        sources.push(hopper_probe::source(head_dim, &Tuning::new(head_dim)));
+        sources.extend(Choice::candidates(head_dim).iter().flat_map(|choice| choice.sources(head_dim)));
+        sources.push(probe::source(head_dim, &Tuning::new(head_dim)));
         let portable = sources_for(head_dim, DeviceType::Bf16);
         sources.extend(portable.into_iter().filter(|source| source.file == "stick_breaking.cu"));
     }
@@ -275,7 +276,7 @@ fn b3_saturated_scores_and_scales() {
         let problem = exact(&[301], (1, 1), head_dim, 300.0);
         let spec = StickBreakingSpec::new(problem.layout);
         let watchdog = Watchdog::new("scores beyond anything", PATIENCE);
-        let found = run(&table.queue, &spec, &problem, Kernels::Hopper(Tuning::new(head_dim)));
+        let found = run(&table.queue, &spec, &problem, Kernels::Hopper(Choice::new(head_dim)));
         drop(watchdog);
         let finite = found.tensors.iter().flatten().all(|x| x.is_finite()) && found.rem.iter().all(|x| x.is_finite());
         table.expect("scores beyond anything", finite, || format!("head dim {head_dim}: not finite"));
@@ -305,7 +306,7 @@ fn b4_early_exit() {
         let spec = StickBreakingSpec { early_exit_bits: 20, ..StickBreakingSpec::new(problem.layout) };
         table.check("never broken", &spec, &problem);
         let _watchdog = Watchdog::new("never broken", PATIENCE);
-        let saved = run(&table.queue, &spec, &problem, Kernels::Hopper(Tuning::new(head_dim))).saved;
+        let saved = run(&table.queue, &spec, &problem, Kernels::Hopper(Choice::new(head_dim))).saved;
         let (visited, causal) = saved.visited_tiles(&table.queue).unwrap();
         table.expect("never broken", visited == [causal], || format!("{visited:?} of {causal}"));
     }
@@ -323,7 +324,7 @@ fn b5_many_items_give_the_same_bits() {
             let name = format!("many items, head dim {head_dim}, exit {bits}");
             let _watchdog = Watchdog::new(&name, PATIENCE);
             let spec = StickBreakingSpec { early_exit_bits: bits, ..StickBreakingSpec::new(problem.layout) };
-            let hopper = Kernels::Hopper(Tuning::new(head_dim));
+            let hopper = Kernels::Hopper(Choice::new(head_dim));
             let one = run(&table.queue, &spec, &problem, hopper);
             let portable = run(&table.queue, &spec, &problem, Kernels::Portable);
             for (i, what) in ["o", "dq", "dk", "dv"].iter().enumerate() {
@@ -352,7 +353,7 @@ fn b6_documents_do_not_leak() {
             let name = format!("leaks, head dim {head_dim}, exit {bits}");
             let problem = exact(&[330, 157, 290], (4, 2), head_dim, 1.0);
             let spec = StickBreakingSpec { early_exit_bits: bits, ..StickBreakingSpec::new(problem.layout) };
-            let kernels = Kernels::Hopper(Tuning::new(head_dim));
+            let kernels = Kernels::Hopper(Choice::new(head_dim));
             let one = run(&table.queue, &spec, &problem, kernels);
             let mut other = problem.clone();
             for (values, heads) in [(&mut other.q, 4), (&mut other.k, 2), (&mut other.v, 2)] {
@@ -381,7 +382,7 @@ fn b7_errors_stay_flat_as_scores_grow() {
             let spec = StickBreakingSpec::new(problem.layout);
             let name = format!("head dim {head_dim}, spread {spread}");
             let _watchdog = Watchdog::new(&name, PATIENCE);
-            let found = run(&table.queue, &spec, &problem, Kernels::Hopper(Tuning::new(head_dim)));
+            let found = run(&table.queue, &spec, &problem, Kernels::Hopper(Choice::new(head_dim)));
             let out = reference::forward(&spec, &problem.inputs()).unwrap();
             let gradients = reference::backward(&spec, &problem.inputs(), &problem.d_o, Some(&problem.d_rem)).unwrap();
             let expected = [out.o, gradients.dq, gradients.dk, gradients.dv];
@@ -405,10 +406,10 @@ fn b8_every_tuning() {
         for bits in [0, 20] {
             let spec = StickBreakingSpec { early_exit_bits: bits, ..StickBreakingSpec::new(problem.layout) };
             let portable = run(&table.queue, &spec, &problem, Kernels::Portable);
-            for tuning in Tuning::candidates(head_dim) {
-                let name = format!("head dim {head_dim}, exit {bits}, {tuning:?}");
+            for choice in Choice::candidates(head_dim) {
+                let name = format!("head dim {head_dim}, exit {bits}, {choice:?}");
                 let _watchdog = Watchdog::new(&name, PATIENCE);
-                let found = run(&table.queue, &spec, &problem, Kernels::Hopper(tuning));
+                let found = run(&table.queue, &spec, &problem, Kernels::Hopper(choice));
                 for (i, what) in ["o", "dq", "dk", "dv"].iter().enumerate() {
                     let between = errors(&wide(&found.tensors[i]), &wide(&portable.tensors[i]), head_dim);
                     table
@@ -429,7 +430,7 @@ fn b9_calls_that_cannot_run_are_refused() {
         (AttentionLayout::contiguous(200, 2, 1, 96), "head_dim must be 64 or 128, found 96"),
     ] {
         let spec = StickBreakingSpec::new(layout);
-        let kernels = Kernels::Hopper(Tuning::new(64));
+        let kernels = Kernels::Hopper(Choice::new(64));
         let documents = [0, layout.tokens as i32];
         let refused = Plan::with_kernels(&queue, &spec, &documents, DeviceType::Bf16, kernels).unwrap_err().to_string();
         assert!(refused.contains(message), "{refused}");

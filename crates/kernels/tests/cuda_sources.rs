@@ -1,7 +1,6 @@
 //! Every kernel, compiled for every architecture that is supported. Needs NVRTC, no GPU.
 
-use stickbreak_kernels::attention::stick_breaking::hopper::{self, Tuning};
-use stickbreak_kernels::attention::stick_breaking::hopper_probe;
+use stickbreak_kernels::attention::stick_breaking::hopper::{self, forward::Tuning, probe};
 use stickbreak_kernels::cuda::{all_sources, compile::problems};
 
 /// Ampere, Hopper with its own instructions, Blackwell.
@@ -16,7 +15,7 @@ fn every_kernel_compiles_without_spills_or_warnings() {
         assert!(!sources.is_empty());
         if architecture == "sm_90a" {
             sources.extend(hopper::sources());
-            sources.extend([64, 128].map(|head_dim| hopper_probe::source(head_dim, &Tuning::new(head_dim))));
+            sources.extend([64, 128].map(|head_dim| probe::source(head_dim, &Tuning::new(head_dim))));
         }
         for source in &sources {
             match source.compile_uncached(architecture) {

@@ -1,5 +1,5 @@
 //! Stick-breaking attention on the GPU: bf16 on tensor cores (`cuda/stick_breaking.cu`), float32 by
-//! `cuda/attention_f32.cu`; the forward pass has a kernel of its own for Hopper cards, to be asked for (`super::hopper`).
+//! `cuda/attention_f32.cu`; Hopper cards have kernels of their own for some passes (`super::hopper`).
 //!
 //! **Between the passes.** [`Saved`] holds the oldest key block that each query tile visited, if early exit is on, and, in
 //! bf16, what every row has left of the stick after each block of keys (4 bytes per row and 64 keys), as long as that, the
@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::StickBreakingSpec;
-use super::hopper::{Hopper, Tuning};
+use super::hopper::{self, Choice, Hopper};
 use crate::attention::device::{bf16_head_dims, check_flat, check_gradients, check_inputs, check_layout, check_output};
 use crate::attention::{AttentionLayout, documents, f32_cuda};
 use crate::cuda::{Arg, DeviceMut, DeviceRef, DeviceType, Kernel, Launch, Queue, Scratch, Source};
@@ -41,18 +41,19 @@ struct Inner {
 #[derive(Debug)]
 enum Path {
     Float(f32_cuda::Plan),
-    TensorCores(TensorCores),
+    TensorCores(Box<TensorCores>),
 }
 
 /// Which kernels a plan uses in bf16. Their results agree up to rounding, and so do their states between the passes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Kernels {
-    /// Those that run on every card: what [`Plan::new`] takes.
+    /// Those for Hopper cards where they can run, else the portable ones: what [`Plan::new`] takes.
     #[default]
+    Automatic,
+    /// Those that run on every card.
     Portable,
-    /// The forward pass on Hopper cards, or an error that says why not. It has not been run on a card yet
-    /// (docs/kernels-hopper.md), so nothing chooses it by itself.
-    Hopper(Tuning),
+    /// Those for Hopper cards for the passes that are chosen, or an error that says why not.
+    Hopper(Choice),
 }
 
 /// What a forward pass leaves for its backward pass, on the device.
@@ -128,7 +129,7 @@ impl Plan {
         let path = if dtype == DeviceType::F32 {
             Path::Float(f32_cuda::Plan::new(queue, FORWARD, f32_cuda::Kind::StickBreaking, &layout, &documents)?)
         } else {
-            Path::TensorCores(TensorCores::new(queue, &layout, &documents, kernels)?)
+            Path::TensorCores(Box::new(TensorCores::new(queue, &layout, &documents, kernels)?))
         };
         Ok(Self { inner: Arc::new(Inner { spec: *spec, documents, dtype, path }) })
     }
@@ -393,7 +394,6 @@ struct TensorCores {
     sticks: Kernel,
     dq: Kernel,
     dkdv: Kernel,
-    /// The forward pass without the logarithm, where it can run.
     hopper: Option<Hopper>,
 }
 
@@ -406,6 +406,17 @@ pub(super) struct Forward<'a> {
     pub(super) with_log: bool,
     pub(super) sticks: Arg,
     pub(super) first_blocks: Arg,
+}
+
+/// What a backward pass reads, and where it writes. The state is that of the heads of the call.
+pub(super) struct Backward<'a> {
+    pub(super) inputs: [DeviceRef<'a>; 3],
+    pub(super) d_o: DeviceRef<'a>,
+    pub(super) drem: Arg,
+    pub(super) sticks: Arg,
+    pub(super) sums: Arg,
+    pub(super) first_blocks: Arg,
+    pub(super) dq: Arg,
 }
 
 impl TensorCores {
@@ -424,9 +435,10 @@ impl TensorCores {
             }
         }
         let upload = |rows, keys| Tiles::upload(queue, &shape.tiles(documents, rows, keys));
-        let tuning = match kernels {
-            Kernels::Hopper(tuning) => Some(tuning),
-            Kernels::Portable => None,
+        let choice = match kernels {
+            Kernels::Automatic if hopper::refusal(queue, layout).is_none() => Some(Choice::new(layout.head_dim)),
+            Kernels::Automatic | Kernels::Portable => None,
+            Kernels::Hopper(choice) => Some(choice),
         };
         let source = shape.source();
         let kernel = |entry| queue.gpu().kernel(&source, entry);
@@ -442,7 +454,7 @@ impl TensorCores {
             sticks: kernel("stick_breaking_sticks_bf16")?,
             dq: kernel("stick_breaking_backward_dq_bf16")?,
             dkdv: kernel("stick_breaking_backward_dkdv_bf16")?,
-            hopper: tuning.map(|tuning| Hopper::new(queue, layout, documents, &shape, tuning)).transpose()?,
+            hopper: choice.map(|choice| Hopper::new(queue, layout, documents, &shape, choice)).transpose()?,
         })
     }
 
@@ -486,8 +498,9 @@ impl TensorCores {
     }
 
     fn forward(&self, queue: &Queue, spec: &StickBreakingSpec, call: Forward<'_>) -> Result<()> {
-        if let (Some(hopper), false) = (&self.hopper, call.with_log) {
-            return hopper.forward(queue, spec, (self.entries, self.pieces), Self::factor(spec), call);
+        let hopper = self.hopper.as_ref().and_then(|hopper| hopper.forward.as_ref());
+        if let (Some(hopper), false) = (hopper, call.with_log) {
+            return hopper.run(queue, spec, (self.entries, self.pieces), Self::factor(spec), call);
         }
         let list = self.query_tiles.list.as_ref().into();
         let Forward { inputs: [q, k, v], o, rem, log2_rem, with_log, sticks, first_blocks } = call;
@@ -545,7 +558,12 @@ impl TensorCores {
             let kv_heads = groups.min(layout.kv_heads - first_group);
             let (first_head, heads) = (first_group * group, kv_heads * group);
             let [a, b, c, d, e, f, g, h, i, j, factor] = self.sizes(spec, first_head);
-            if let Some(rebuilt) = &mut rebuilt {
+            let hopper = self.hopper.as_ref().and_then(|hopper| hopper.sticks.as_ref());
+            if let (Some(hopper), Some(rebuilt)) = (hopper, &mut rebuilt) {
+                let (sticks, first_blocks) = (Arg::from(&mut rebuilt.as_mut()), Arg::optional(first_blocks));
+                let (state, heads) = ((self.entries, self.pieces), first_head..first_head + heads);
+                hopper.run(queue, spec, state, Self::factor(spec), heads, [q, k], first_blocks, sticks)?;
+            } else if let Some(rebuilt) = &mut rebuilt {
                 let arguments = [
                     q.into(),
                     k.into(),
@@ -607,8 +625,22 @@ impl TensorCores {
             };
             let sums = Arg::from(&mut sums.as_mut());
             let gradients = [Arg::from(&mut dq), Arg::from(&mut dk), Arg::from(&mut dv)];
-            let launch = self.dq_tiles.launch(heads, 32 * Shape::WARPS, self.shape.dq_shared());
-            queue.launch(&self.dq, launch, &arguments(&self.dq_tiles, sums, gradients))?;
+            if let Some(hopper) = self.hopper.as_ref().and_then(|hopper| hopper.dq.as_ref()) {
+                let call = Backward {
+                    inputs: [q, k, v],
+                    d_o,
+                    drem: Arg::optional(drem),
+                    sticks,
+                    sums,
+                    first_blocks: Arg::optional(first_blocks),
+                    dq: gradients[0],
+                };
+                let heads = first_head..first_head + heads;
+                hopper.run(queue, spec, (self.entries, self.pieces), Self::factor(spec), heads, &call)?;
+            } else {
+                let launch = self.dq_tiles.launch(heads, 32 * Shape::WARPS, self.shape.dq_shared());
+                queue.launch(&self.dq, launch, &arguments(&self.dq_tiles, sums, gradients))?;
+            }
             let launch = self.key_tiles.launch(kv_heads, 32 * Shape::WARPS, self.shape.dkdv_shared());
             queue.launch(&self.dkdv, launch, &arguments(&self.key_tiles, sums, gradients))?;
         }

@@ -31,7 +31,6 @@ pub mod cuda;
 pub mod decode;
 pub mod decode_cuda;
 pub mod hopper;
-pub mod hopper_probe;
 pub mod reference;
 mod stick;
 

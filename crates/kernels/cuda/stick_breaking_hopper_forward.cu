@@ -91,37 +91,7 @@ struct Forward {
     float factor, threshold;
 };
 
-// A place in a ring of stages.
-struct Place {
-    int stage;
-    u32 parity;
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 // ------------------------------------------------------------------------------------------------ producer
-
-// The rows of a tile of keys that lie inside the tensor, zeros behind, by ordinary loads of one warp. `from` is the tile's
-// first row; `valid` rows exist.
-DEVICE void copy_last_tile(u8* to, const bf16* from, int stride, int valid) {
-    const int lane = threadIdx.x & 31, unit = lane & 7;
-    from += unit * 8;
-    // The producer has few registers.
-#pragma unroll 1
-    for (int row = lane >> 3; row < TILE_KEYS; row += 4) {
-        const int key = permuted_key(row);
-#pragma unroll
-        for (int chunk = 0; chunk < COLUMN_CHUNKS; chunk++) {
-            uint4 x = make_uint4(0, 0, 0, 0);
-            if (key < valid) x = *(const uint4*)(from + (i64)key * stride + chunk * 64);
-            *(uint4*)(to + chunk * KEY_CHUNK_BYTES + row * 128 + ((unit ^ (row & 7)) << 4)) = x;
-        }
-    }
-}
 
 DEVICE void produce(const Forward& p, const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, u8* shared) {
     const int lane = threadIdx.x & 31;
@@ -141,7 +111,7 @@ DEVICE void produce(const Forward& p, const TensorMap& q_map, const TensorMap& k
                     copy_box(shared_address(to) + chunk * KEY_CHUNK_BYTES, map, full, column + 64 * chunk, row, 0, 0);
             }
         } else {
-            copy_last_tile(to, from + (i64)row * stride + column, stride, p.tokens - row);
+            copy_last_tile<TILE_KEYS>(to, from + (i64)row * stride + column, stride, p.tokens - row);
             publish_shared();
             __syncwarp();
             if (lane == 0) barrier_arrive(full);
@@ -172,7 +142,7 @@ DEVICE void produce(const Forward& p, const TensorMap& q_map, const TensorMap& k
             } else if (lane == 0) {
                 barrier_arrive(full);
             }
-            k_at.advance();
+            k_at.advance<STAGES>();
         };
 
         int n = visible_blocks<TILE_KEYS>(min(tile.first + ROWS, tile.length), p.own_key) - 1;
@@ -204,7 +174,7 @@ DEVICE void produce(const Forward& p, const TensorMap& q_map, const TensorMap& k
             barrier_wait(shared_address(&control.v_empty[v_at.stage]), v_at.parity);
             copy_tile(v_map, p.v, p.value_stride, v_tiles + v_at.stage * TILE_BYTES,
                       shared_address(&control.v_full[v_at.stage]), tile.start + n * TILE_KEYS, column);
-            v_at.advance();
+            v_at.advance<STAGES>();
             if (stop) break;
         }
         index = __shfl_sync(FULL_MASK, next, 0) + gridDim.x;
@@ -220,9 +190,6 @@ DEVICE void produce(const Forward& p, const TensorMap& q_map, const TensorMap& k
 // ------------------------------------------------------------------------------------------------ consumers
 
 constexpr int CHUNKS = TILE_KEYS / 4 / CHUNK;
-
-// Where the scores keep key x (of the lane's 32) of row r (of the lane's two: g and g + 8).
-constexpr __device__ int score_at(int r, int x) { return 4 * (x >> 1) + 2 * r + (x & 1); }
 
 // The odds replace the scores; `inverse` takes the inverse products of 1 + e of each lane's chunks of keys. Keys from
 // `visible` on are hidden from a row if `masked`. False if such a product is so large somewhere that it or its inverse
@@ -316,21 +283,6 @@ DEVICE void scan(float (&s)[64], float factor, const int (&visible)[2], float (&
     }
 }
 
-// Four words per lane, of four 8-column tiles, become the four words of tile c, one from each lane of the quad.
-DEVICE void transpose_quad(u32 (&w)[4]) {
-    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        u32 got = __shfl_xor_sync(FULL_MASK, odd ? w[i] : w[i + 1], 1);
-        (odd ? w[i] : w[i + 1]) = got;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        u32 got = __shfl_xor_sync(FULL_MASK, high ? w[i] : w[i + 2], 2);
-        (high ? w[i] : w[i + 2]) = got;
-    }
-}
-
 DEVICE void consume(const Forward& p, u8* shared) {
     const int group = uniform(threadIdx.x / 128) - 1;
     const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31, g = lane >> 2, c = lane & 3;
@@ -350,12 +302,12 @@ DEVICE void consume(const Forward& p, u8* shared) {
     };
     auto release_k = [&]() {
         release(control.k_empty[k_at.stage]);
-        k_at.advance();
+        k_at.advance<STAGES>();
     };
     auto wait_v = [&]() { barrier_wait(shared_address(&control.v_full[v_at.stage]), v_at.parity); };
     auto release_v = [&]() {
         release(control.v_empty[v_at.stage]);
-        v_at.advance();
+        v_at.advance<STAGES>();
     };
     // The number of the next tile of K, which is there then, or NO_MORE.
     auto next_tile = [&]() {
@@ -490,7 +442,7 @@ DEVICE void consume(const Forward& p, u8* shared) {
             pack_weights();
             if ((n + 1) * TILE_KEYS > tile.length) {
                 wait_v();
-                if (n * TILE_KEYS + permuted_key(thread) >= tile.length) {
+                if (n * TILE_KEYS + permuted_key<TILE_KEYS>(thread) >= tile.length) {
 #pragma unroll
                     for (int chunk = 0; chunk < COLUMN_CHUNKS; chunk++)
 #pragma unroll

@@ -1,12 +1,12 @@
-//! Microbenchmarks on a Hopper card, of the parts of the forward kernel ([`hopper`](super::hopper)) alone: what the copy
+//! Microbenchmarks on a Hopper card, of the parts of the forward kernel ([`forward`](super::forward)) alone: what the copy
 //! engine writes, what the products compute, and how fast each part runs. `docs/kernels-hopper.md` says what they decided.
 
-use super::hopper::{Tuning, key_boxes};
+use super::forward::{TILE_KEYS, Tuning};
+use super::key_boxes;
 use crate::cuda::{Arg, Boxes, DeviceRef, DeviceType, Kernel, Launch, Queue, Scratch, Source, TensorMap};
 use crate::{KernelError, Result};
 
 const OP: &str = "measuring a Hopper card";
-const TILE_KEYS: usize = 128;
 
 /// One measurement.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,10 +37,11 @@ pub struct Probe {
 /// What [`Probe::new`] compiles.
 pub fn source(head_dim: usize, tuning: &Tuning) -> Source {
     let parts = &[
-        include_str!("../../../cuda/hopper.cuh"),
-        include_str!("../../../cuda/stick_breaking.cuh"),
-        include_str!("../../../cuda/stick_breaking_hopper.cu"),
-        include_str!("../../../cuda/hopper_probe.cu"),
+        include_str!("../../../../cuda/hopper.cuh"),
+        include_str!("../../../../cuda/stick_breaking.cuh"),
+        include_str!("../../../../cuda/stick_breaking_hopper.cuh"),
+        include_str!("../../../../cuda/stick_breaking_hopper_forward.cu"),
+        include_str!("../../../../cuda/hopper_probe.cu"),
     ];
     Source { file: "hopper_probe.cu", parts, defines: tuning.source(head_dim).defines }
 }
@@ -70,7 +71,7 @@ impl Probe {
             let tile = format!("128 x 64 from {row}, {column}");
             return Err(KernelError::size(OP, "the tile", format!("inside {tokens} x {width}"), tile));
         }
-        let map = TensorMap::swizzled(OP, "keys", keys, &key_boxes(tokens, width, stride))?;
+        let map = TensorMap::swizzled(OP, "keys", keys, &key_boxes::<TILE_KEYS>(tokens, width, stride))?;
         let mut out = self.queue.scratch(DeviceType::Bf16, TILE_KEYS * 64)?;
         let arguments = [Arg::from(&mut out.as_mut()), Arg::from(row as i32), Arg::from(column as i32)];
         let launch = Launch { grid: [1, 1, 1], block: 128, shared: TILE_KEYS * 128 + 64 };
@@ -147,7 +148,7 @@ impl Probe {
             (
                 "copies, permuted",
                 "probe_copies_permuted",
-                TensorMap::swizzled(OP, "keys", keys.as_ref(), &key_boxes(tokens, width, width))?,
+                TensorMap::swizzled(OP, "keys", keys.as_ref(), &key_boxes::<TILE_KEYS>(tokens, width, width))?,
             ),
             (
                 "copies, rows as they come",

@@ -1,0 +1,131 @@
+//! The state rebuilt on Hopper cards (`cuda/stick_breaking_hopper_sticks.cu`), for backward passes whose forward pass did
+//! not keep it.
+
+use std::ops::Range;
+
+use super::super::StickBreakingSpec;
+use super::super::cuda::{PIECE, Shape, Tiles};
+use super::{BACKWARD as OP, CONTROL_BYTES, key_boxes, persistent, query_boxes, section, ticket, watchdog};
+use crate::Result;
+use crate::attention::AttentionLayout;
+use crate::cuda::{Arg, DeviceRef, DeviceType, Kernel, Queue, Source, TensorMap};
+
+/// Keys of a tile.
+const TILE_KEYS: usize = 128;
+
+/// How the kernel is built. Every choice gives the same bits; the default is what was fastest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tuning {
+    /// Consumer warpgroups of a block, 64 rows each.
+    pub warpgroups: usize,
+    /// Tiles of keys that shared memory holds.
+    pub stages: usize,
+    /// Whether a wait inside the kernel that takes too long is an error, rather than a hang. Slower.
+    pub watchdog: bool,
+}
+
+impl Tuning {
+    /// The default for a head dim.
+    pub fn new(_head_dim: usize) -> Self {
+        Self { warpgroups: 3, stages: 4, watchdog: false }
+    }
+
+    /// Choices worth measuring for a head dim.
+    pub fn candidates(head_dim: usize) -> Vec<Self> {
+        [2, 3, 4].map(|warpgroups| Self { warpgroups, ..Self::new(head_dim) }).into()
+    }
+
+    /// The kernel of a head dim, for compiling it ahead.
+    pub fn source(&self, head_dim: usize) -> Source {
+        let parts = &[
+            include_str!("../../../../cuda/hopper.cuh"),
+            include_str!("../../../../cuda/stick_breaking.cuh"),
+            include_str!("../../../../cuda/stick_breaking_hopper.cuh"),
+            include_str!("../../../../cuda/stick_breaking_hopper_sticks.cu"),
+        ];
+        let mut defines = vec![
+            ("HEAD_DIM", head_dim.to_string()),
+            ("WARPGROUPS", self.warpgroups.to_string()),
+            ("STAGES", self.stages.to_string()),
+        ];
+        defines.extend(watchdog(self.watchdog));
+        Source { file: "stick_breaking_hopper_sticks.cu", parts, defines }
+    }
+
+    fn rows(&self) -> usize {
+        PIECE * self.warpgroups
+    }
+
+    pub(super) fn shared(&self, head_dim: usize) -> usize {
+        DeviceType::Bf16.size() * head_dim * (self.rows() + self.stages * TILE_KEYS) + CONTROL_BYTES
+    }
+}
+
+#[derive(Debug)]
+pub(in super::super) struct Sticks {
+    tuning: Tuning,
+    kernel: Kernel,
+    tiles: Tiles,
+    /// Query heads that run at a time.
+    section: usize,
+}
+
+impl Sticks {
+    pub(super) fn new(
+        queue: &Queue,
+        layout: &AttentionLayout,
+        documents: &[Range<usize>],
+        shape: &Shape,
+        tuning: Tuning,
+    ) -> Result<Self> {
+        let tiles = shape.tiles(documents, tuning.rows(), false);
+        let section = section(OP, layout, tiles.len())?;
+        let kernel = queue.gpu().kernel(&tuning.source(layout.head_dim), "stick_breaking_sticks_hopper_bf16")?;
+        Ok(Self { tuning, kernel, tiles: Tiles::upload(queue, &tiles)?, section })
+    }
+
+    /// Writes the state of the query heads `heads` to `sticks`.
+    #[expect(clippy::too_many_arguments, reason = "each is a tensor or a size of its own")]
+    pub(in super::super) fn run(
+        &self,
+        queue: &Queue,
+        spec: &StickBreakingSpec,
+        (entries, pieces): (usize, usize),
+        factor: f32,
+        heads: Range<usize>,
+        [q, k]: [DeviceRef<'_>; 2],
+        first_blocks: Arg,
+        sticks: Arg,
+    ) -> Result<()> {
+        let layout = &spec.layout;
+        let tokens = layout.tokens;
+        let (width, kv_width) = (layout.query_heads * layout.head_dim, layout.kv_heads * layout.head_dim);
+        let mut ticket = ticket(queue)?;
+        let maps = [
+            TensorMap::swizzled(OP, "q", q, &query_boxes(tokens, width, layout.query_stride))?,
+            TensorMap::swizzled(OP, "k", k, &key_boxes::<TILE_KEYS>(tokens, kv_width, layout.key_stride))?,
+        ];
+        let int = |size: usize| Arg::from(size as i32);
+        let arguments = [
+            k.into(),
+            sticks,
+            first_blocks,
+            DeviceRef::into(self.tiles.list.as_ref()),
+            Arg::from(&mut ticket.as_mut()),
+            int(layout.key_stride),
+            int(tokens),
+            int(self.tiles.count as usize),
+            int(layout.group()),
+            int(heads.start),
+            int(heads.len()),
+            int(self.section),
+            int(entries),
+            int(pieces),
+            int(usize::from(spec.attend_current)),
+            factor.into(),
+        ];
+        let items = self.tiles.count as usize * heads.len();
+        let launch = persistent(queue, items, self.tuning.warpgroups, self.tuning.shared(layout.head_dim));
+        queue.launch_with_maps(&self.kernel, launch, &maps, &arguments)
+    }
+}
