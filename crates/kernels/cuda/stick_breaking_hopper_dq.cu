@@ -25,7 +25,8 @@
 #ifndef STAGES
 #define STAGES 4
 #endif
-// 1: the warpgroups take turns in starting their products.
+// 1: the warpgroups take turns in starting their products. 2: and the next one's turn comes when the scores are there, so that
+// its products do not mix with these.
 #ifndef TURNS
 #define TURNS 0
 #endif
@@ -301,7 +302,7 @@ DEVICE void consume(const Backward& p, u8* shared) {
             pin(dq);
             products_begin();
             start_scores(at.stage);
-            pass_turn();
+            if (TURNS == 1) pass_turn();
             while (true) {
                 const float stick[2] = {next_stick[0], next_stick[1]};
                 if (b + 1 < own_end) read_sticks(b + 1, next_stick);
@@ -311,6 +312,7 @@ DEVICE void consume(const Backward& p, u8* shared) {
                 }
                 products_wait<1>();
                 pin(z);
+                if (TURNS == 2) pass_turn();
                 if (b > own_oldest) release(control.empty[at.stage == 0 ? STAGES - 1 : at.stage - 1]);
                 // Only the piece's newest block has hidden keys.
                 if ((b + 1) * KEYS > first + p.own_key) hide_keys(z, row + p.own_key - b * KEYS - c * (KEYS / 4), p.factor);
@@ -333,7 +335,7 @@ DEVICE void consume(const Backward& p, u8* shared) {
                 products_begin();
                 start_gradient(stage);
                 start_scores(at.stage);
-                pass_turn();
+                if (TURNS == 1) pass_turn();
             }
             pin(dz);
             products_begin();

@@ -35,7 +35,8 @@
 #ifndef OVERLAP
 #define OVERLAP (WARPGROUPS > 2 ? 0 : 1)
 #endif
-// 1: the warpgroups take turns in starting their products.
+// 1: the warpgroups take turns in starting their products. 2: and the next one's turn comes when the scores are there, so that
+// its products do not mix with these.
 #ifndef TURNS
 #define TURNS 0
 #endif
@@ -431,9 +432,10 @@ DEVICE void consume(const Forward& p, u8* shared) {
             take_turn();
             products_begin();
             start_scores();
-            pass_turn();
+            if (TURNS == 1) pass_turn();
             products_wait<0>();
             pin(s);
+            if (TURNS == 2) pass_turn();
             release_k();
             const int first_key = n * TILE_KEYS + c * (TILE_KEYS / 4);
             const int visible[2] = {min(row + p.own_key, tile.length) - first_key,
@@ -471,9 +473,10 @@ DEVICE void consume(const Forward& p, u8* shared) {
                 // Again: the wait lies between the weights' registers and the products that read them.
                 products_begin();
                 start_values();
-                pass_turn();
+                if (TURNS == 1) pass_turn();
                 products_wait<OVERLAP ? 1 : 0>();
                 pin(s);
+                if (TURNS == 2) pass_turn();
                 release_k();
                 if (!OVERLAP) release_v();
                 scan<false>(s, p.factor, visible, stick, edge);

@@ -18,6 +18,10 @@
 #ifndef STAGES
 #define STAGES 4
 #endif
+// 1: the warpgroups take turns: one computes scores at a time.
+#ifndef TURNS
+#define TURNS 1
+#endif
 
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one or two chunks of 64 columns");
 static_assert(KEYS == 64, "two blocks of the state make a tile of keys");
@@ -195,6 +199,14 @@ DEVICE void consume(const Sticks& p, u8* shared) {
         if (lane == 0) barrier_arrive(shared_address(&empty));
     };
     auto wait_tile = [&]() { barrier_wait(shared_address(&control.full[at.stage]), at.parity); };
+    const int turn = 1 + group, next_turn = 1 + (group + 1) % WARPGROUPS;
+    auto take_turn = [&]() {
+        if (TURNS) named_wait(turn, 256);
+    };
+    auto pass_turn = [&]() {
+        if (TURNS) named_arrive(next_turn, 256);
+    };
+    if (TURNS && group == WARPGROUPS - 1) pass_turn();
     auto release_tile = [&]() {
         release(control.empty[at.stage]);
         at.advance<STAGES>();
@@ -229,7 +241,9 @@ DEVICE void consume(const Sticks& p, u8* shared) {
 
         for (int n = newest; n >= oldest; n--) {
             wait_tile();
+            take_turn();
             if (n > own_newest || n < own_oldest) {
+                pass_turn();
                 release_tile();
                 continue;
             }
@@ -249,6 +263,7 @@ DEVICE void consume(const Sticks& p, u8* shared) {
             products_commit();
             products_wait<0>();
             pin(s);
+            pass_turn();
             release_tile();
             if (n == own_newest) {
                 // The only tile with hidden keys.

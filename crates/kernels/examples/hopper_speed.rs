@@ -12,7 +12,7 @@ use stickbreak_kernels::attention::stick_breaking::StickBreakingSpec;
 use stickbreak_kernels::attention::stick_breaking::cuda::{Kernels, Plan};
 use stickbreak_kernels::attention::stick_breaking::hopper::forward::Tuning;
 use stickbreak_kernels::attention::stick_breaking::hopper::probe::{self, Probe};
-use stickbreak_kernels::attention::stick_breaking::hopper::{Choice, dq, sticks};
+use stickbreak_kernels::attention::stick_breaking::hopper::{Choice, Turns, dq, sticks};
 use stickbreak_kernels::cuda::{DeviceType, Queue, Scratch, sources_for};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -105,14 +105,19 @@ impl Case {
 }
 
 fn describe(choice: &Choice) -> String {
-    let turned = |turns| if turns { " turns" } else { "" };
+    let turned = |turns| match turns {
+        Turns::None => "",
+        Turns::Start => " turns",
+        Turns::Scores => " turns until scores",
+    };
     let mut text = String::new();
     if let Some(Tuning { warpgroups, stages, chunk, overlap, turns, .. }) = choice.forward {
         let overlap = if overlap { " overlap" } else { "" };
         text += &format!("o: {warpgroups} warpgroups, {stages} stages, chunks of {chunk}{overlap}{}", turned(turns));
     }
-    if let Some(sticks::Tuning { warpgroups, stages, .. }) = choice.sticks {
-        text += &format!("sticks: {warpgroups} warpgroups, {stages} stages");
+    if let Some(sticks::Tuning { warpgroups, stages, turns, .. }) = choice.sticks {
+        let turns = if turns { " turns" } else { "" };
+        text += &format!("sticks: {warpgroups} warpgroups, {stages} stages{turns}");
     }
     if let Some(dq::Tuning { warpgroups, stages, turns, .. }) = choice.dq {
         text += &format!("dq: {warpgroups} warpgroups, {stages} stages{}", turned(turns));

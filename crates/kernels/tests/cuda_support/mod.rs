@@ -99,12 +99,15 @@ pub fn without_gaps<T: Number>(values: &[T], width: usize, stride: usize) -> Vec
 }
 
 /// Ends the process if it is not dropped within some seconds: a kernel that hangs cannot be stopped in any other way.
+/// `STICKBREAK_PATIENCE` in the environment is a number of seconds to wait instead, for runs under a sanitizer.
 pub struct Watchdog(std::sync::mpsc::Sender<()>);
 
 impl Watchdog {
     pub fn new(what: impl Into<String>, seconds: u64) -> Self {
         let (sender, receiver) = std::sync::mpsc::channel::<()>();
         let what = what.into();
+        let asked = std::env::var("STICKBREAK_PATIENCE").ok().and_then(|text| text.parse().ok());
+        let seconds = asked.unwrap_or(seconds);
         std::thread::spawn(move || {
             let outcome = receiver.recv_timeout(std::time::Duration::from_secs(seconds));
             if outcome == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::super::StickBreakingSpec;
 use super::super::cuda::{Backward, PIECE, Shape, Tiles};
-use super::{BACKWARD as OP, CONTROL_BYTES, key_boxes, persistent, query_boxes, section, ticket, watchdog};
+use super::{BACKWARD as OP, CONTROL_BYTES, Turns, key_boxes, persistent, query_boxes, section, ticket, watchdog};
 use crate::Result;
 use crate::attention::AttentionLayout;
 use crate::cuda::{Arg, DeviceRef, DeviceType, Kernel, Queue, Source, TensorMap};
@@ -20,7 +20,7 @@ pub struct Tuning {
     /// Blocks of keys and values that shared memory holds.
     pub stages: usize,
     /// Whether the warpgroups take turns in starting their products.
-    pub turns: bool,
+    pub turns: Turns,
     /// Whether a wait inside the kernel that takes too long is an error, rather than a hang. Slower.
     pub watchdog: bool,
 }
@@ -28,14 +28,17 @@ pub struct Tuning {
 impl Tuning {
     /// The default for a head dim.
     pub fn new(head_dim: usize) -> Self {
-        Self { warpgroups: if head_dim > 64 { 2 } else { 3 }, stages: 4, turns: false, watchdog: false }
+        Self { warpgroups: if head_dim > 64 { 2 } else { 3 }, stages: 4, turns: Turns::None, watchdog: false }
     }
 
     /// Choices worth measuring for a head dim.
     pub fn candidates(head_dim: usize) -> Vec<Self> {
         let warpgroups: &[usize] = if head_dim > 64 { &[2] } else { &[3, 2] };
         let with = |turns| move |&warpgroups| Self { warpgroups, turns, ..Self::new(head_dim) };
-        [false, true].into_iter().flat_map(|turns| warpgroups.iter().map(with(turns))).collect()
+        [Turns::None, Turns::Start, Turns::Scores]
+            .into_iter()
+            .flat_map(|turns| warpgroups.iter().map(with(turns)))
+            .collect()
     }
 
     /// The kernel of a head dim, for compiling it ahead.
@@ -50,7 +53,7 @@ impl Tuning {
             ("HEAD_DIM", head_dim.to_string()),
             ("WARPGROUPS", self.warpgroups.to_string()),
             ("STAGES", self.stages.to_string()),
-            ("TURNS", u8::from(self.turns).to_string()),
+            ("TURNS", (self.turns as u8).to_string()),
         ];
         defines.extend(watchdog(self.watchdog));
         Source { file: "stick_breaking_hopper_dq.cu", parts, defines }

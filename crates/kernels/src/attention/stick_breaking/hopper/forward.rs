@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::super::StickBreakingSpec;
 use super::super::cuda::{self, PIECE, Shape, Tiles};
-use super::{CONTROL_BYTES, FORWARD as OP, key_boxes, persistent, query_boxes, section, ticket, watchdog};
+use super::{CONTROL_BYTES, FORWARD as OP, Turns, key_boxes, persistent, query_boxes, section, ticket, watchdog};
 use crate::Result;
 use crate::attention::AttentionLayout;
 use crate::cuda::{Arg, DeviceRef, DeviceType, Kernel, Queue, Source, TensorMap};
@@ -25,7 +25,7 @@ pub struct Tuning {
     /// Whether a tile is scanned while the product with the values before it is under way.
     pub overlap: bool,
     /// Whether the warpgroups take turns in starting their products.
-    pub turns: bool,
+    pub turns: Turns,
     /// Whether a wait inside the kernel that takes too long is an error, rather than a hang. Slower.
     pub watchdog: bool,
 }
@@ -35,27 +35,32 @@ impl Tuning {
     pub fn new(head_dim: usize) -> Self {
         let small = head_dim <= 64;
         let (warpgroups, stages, chunk) = if small { (3, 4, 8) } else { (2, 2, 4) };
-        Self { warpgroups, stages, chunk, overlap: !small, turns: small, watchdog: false }
+        Self {
+            warpgroups,
+            stages,
+            chunk,
+            overlap: !small,
+            turns: if small { Turns::Start } else { Turns::None },
+            watchdog: false,
+        }
     }
 
     /// Choices worth measuring for a head dim.
     pub fn candidates(head_dim: usize) -> Vec<Self> {
         // Warpgroups, stages, overlap.
-        let shapes: &[_] = if head_dim > 64 {
-            &[(2, 2, true), (2, 3, true), (2, 2, false)]
-        } else {
-            &[(3, 4, false), (2, 4, true), (2, 4, false)]
-        };
+        let shapes: &[_] = if head_dim > 64 { &[(2, 2, true), (2, 2, false)] } else { &[(3, 4, false), (2, 4, true)] };
         let mut all = Vec::new();
-        for (chunk, turns) in [(4, false), (8, false), (4, true), (8, true)] {
-            all.extend(shapes.iter().map(|&(warpgroups, stages, overlap)| Self {
-                warpgroups,
-                stages,
-                chunk,
-                overlap,
-                turns,
-                watchdog: false,
-            }));
+        for turns in [Turns::None, Turns::Start, Turns::Scores] {
+            for chunk in [4, 8] {
+                all.extend(shapes.iter().map(|&(warpgroups, stages, overlap)| Self {
+                    warpgroups,
+                    stages,
+                    chunk,
+                    overlap,
+                    turns,
+                    watchdog: false,
+                }));
+            }
         }
         all
     }
@@ -74,7 +79,7 @@ impl Tuning {
             ("STAGES", self.stages.to_string()),
             ("CHUNK", self.chunk.to_string()),
             ("OVERLAP", u8::from(self.overlap).to_string()),
-            ("TURNS", u8::from(self.turns).to_string()),
+            ("TURNS", (self.turns as u8).to_string()),
         ];
         defines.extend(watchdog(self.watchdog));
         Source { file: "stick_breaking_hopper_forward.cu", parts, defines }

@@ -26,6 +26,17 @@ const CONTROL_BYTES: usize = 512;
 /// Keys and values of heads that run at the same time should leave room in L2 (50 MB on an H100) for the rest.
 const SECTION_BYTES: usize = 32 << 20;
 
+/// Whether the warpgroups of a block take turns in starting their products, and when a turn ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turns {
+    /// They do not.
+    None = 0,
+    /// When the products are started.
+    Start = 1,
+    /// When the scores are computed, so that products of two warpgroups do not mix.
+    Scores = 2,
+}
+
 /// Which passes have a kernel of their own, and how it is built; the other passes are the portable kernels'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Choice {

@@ -20,6 +20,8 @@ pub struct Tuning {
     pub warpgroups: usize,
     /// Tiles of keys that shared memory holds.
     pub stages: usize,
+    /// Whether one warpgroup computes scores at a time.
+    pub turns: bool,
     /// Whether a wait inside the kernel that takes too long is an error, rather than a hang. Slower.
     pub watchdog: bool,
 }
@@ -27,12 +29,13 @@ pub struct Tuning {
 impl Tuning {
     /// The default for a head dim.
     pub fn new(_head_dim: usize) -> Self {
-        Self { warpgroups: 3, stages: 4, watchdog: false }
+        Self { warpgroups: 3, stages: 4, turns: true, watchdog: false }
     }
 
     /// Choices worth measuring for a head dim.
     pub fn candidates(head_dim: usize) -> Vec<Self> {
-        [2, 3, 4].map(|warpgroups| Self { warpgroups, ..Self::new(head_dim) }).into()
+        let with = |turns| [3, 4].map(|warpgroups| Self { warpgroups, turns, ..Self::new(head_dim) });
+        [false, true].into_iter().flat_map(with).collect()
     }
 
     /// The kernel of a head dim, for compiling it ahead.
@@ -47,6 +50,7 @@ impl Tuning {
             ("HEAD_DIM", head_dim.to_string()),
             ("WARPGROUPS", self.warpgroups.to_string()),
             ("STAGES", self.stages.to_string()),
+            ("TURNS", u8::from(self.turns).to_string()),
         ];
         defines.extend(watchdog(self.watchdog));
         Source { file: "stick_breaking_hopper_sticks.cu", parts, defines }
