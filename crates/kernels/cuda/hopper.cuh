@@ -98,6 +98,12 @@ DEVICE void copy_box(u32 to, const TensorMap& map, u32 barrier, int x, int y, in
         ::"r"(to), "l"((u64)&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 
+// Starts the copy of `bytes` bytes, a multiple of 16, in a row; they count towards `barrier`.
+DEVICE void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
 // The order of the keys in a tile of them: row n holds key permuted_key(n), so that lane c of a quad owns the keys from
 // c keys / 4 to (c + 1) keys / 4.
 template <int keys> constexpr __device__ int permuted_key(int row) {
@@ -178,4 +184,23 @@ DEVICE void multiply_registers(float (&d)[32], const u32 (&a)[4], u64 b) {
         "{\n\t.reg .pred p;\n\tsetp.eq.b32 p, 0, 0;\n\t"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n\t}"
         : ACCUMULATORS_32(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+// d += a^T b for 64 x 64 or 64 x 128: both operands in shared memory with rows across the inner dimension.
+DEVICE void multiply_transposed(float (&d)[32], u64 a, u64 b) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.eq.b32 p, 0, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_32 "}, %32, %33, p, 1, 1, 1, 1;\n\t}"
+        : ACCUMULATORS_32(d, 0) : "l"(a), "l"(b));
+}
+DEVICE void multiply_transposed(float (&d)[64], u64 a, u64 b) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.eq.b32 p, 0, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES_64 "}, %64, %65, p, 1, 1, 1, 1;\n\t}"
+        : ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32) : "l"(a), "l"(b));
+}
+
+// Four 8 x 8 matrices of accumulators, rounded and packed in pairs; each lane has the address of one of their rows.
+DEVICE void store_matrices(u32 address, const u32 (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }

@@ -167,6 +167,71 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
 
 // ------------------------------------------------------------------------------------------------ consumers
 
+// Hides from the lane's two rows the keys from `visible` (and 8 further) of its KEYS / 4 on: their odds become 0 (factor is
+// not 0).
+DEVICE void hide_keys(float (&z)[KEYS / 2], int visible, float factor) {
+    const float hidden = factor < 0.0f ? INFINITY_F : -INFINITY_F;
+#pragma unroll
+    for (int x = 0; x < KEYS / 4; x++)
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            if (x >= visible + 8 * r) z[score_at(r, x)] = hidden;
+}
+
+// The odds replace the scores z; `keep` takes 1 - beta = 1 / (1 + e) of each key, two of them from one reciprocal, and
+// `left` what keys newer than the lane's leave of the stick.
+DEVICE void take_odds(float (&z)[KEYS / 2], float (&keep)[KEYS / 2], float factor, const float (&stick)[2], float (&left)[2]) {
+    float total[2];
+#pragma unroll
+    for (int x = 0; x < KEYS / 4; x += 2)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float& e0 = z[score_at(r, x)];
+            float& e1 = z[score_at(r, x + 1)];
+            e0 = exp2_approx(clamp(e0 * factor, ODDS_LIMIT));
+            e1 = exp2_approx(clamp(e1 * factor, ODDS_LIMIT));
+            const float u0 = 1.0f + e0, u1 = 1.0f + e1;
+            // At least 2^-120: a normal float.
+            const float both = rcp_approx(u0 * u1);
+            keep[score_at(r, x)] = both * u1;
+            keep[score_at(r, x + 1)] = both * u0;
+            total[r] = x == 0 ? both : total[r] * both;
+        }
+#pragma unroll
+    for (int r = 0; r < 2; r++) left[r] = stick[r] * newer_product(total[r]);
+}
+
+// From the odds, `keep` and `left` of take_odds, g = do.v, and `sum` over older keys, which grows by the sum over these: the
+// odds become dz and g becomes the weights A times g.
+DEVICE void score_gradients(float (&e)[KEYS / 2], float (&g)[KEYS / 2], const float (&keep)[KEYS / 2], float (&left)[2],
+                            float (&sum)[2]) {
+    float grown[2] = {0.0f, 0.0f}, before[2];
+#pragma unroll
+    for (int x = KEYS / 4 - 1; x >= 0; x--)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            left[r] *= keep[score_at(r, x)];
+            g[score_at(r, x)] *= e[score_at(r, x)] * left[r];
+            grown[r] += g[score_at(r, x)];
+        }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float older, all;
+        scan_sums(grown[r], older, all);
+        before[r] = sum[r] + older;
+        sum[r] += all;
+    }
+#pragma unroll
+    for (int x = 0; x < KEYS / 4; x++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float& z = e[score_at(r, x)];
+            // dz = keep a - beta before, with beta = e keep.
+            z = keep[score_at(r, x)] * fmaf(-z, before[r], g[score_at(r, x)]);
+            before[r] += g[score_at(r, x)];
+        }
+}
+
 DEVICE void consume(const Backward& p, u8* shared) {
     const int group = uniform(threadIdx.x / 128) - 1;
     const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31, g = lane >> 2, c = lane & 3;

@@ -12,7 +12,7 @@ use stickbreak_kernels::attention::stick_breaking::StickBreakingSpec;
 use stickbreak_kernels::attention::stick_breaking::cuda::{Kernels, Plan};
 use stickbreak_kernels::attention::stick_breaking::hopper::forward::Tuning;
 use stickbreak_kernels::attention::stick_breaking::hopper::probe::{self, Probe};
-use stickbreak_kernels::attention::stick_breaking::hopper::{Choice, Turns, dq, sticks};
+use stickbreak_kernels::attention::stick_breaking::hopper::{Choice, Turns, dkv, dq, sticks};
 use stickbreak_kernels::cuda::{DeviceType, Queue, Scratch, sources_for};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -77,31 +77,48 @@ impl Case {
         Ok(Self { spec, documents, inputs, flops })
     }
 
-    /// Median milliseconds of the forward and the backward pass.
-    fn time(&self, queue: &Queue, kernels: Kernels) -> Outcome<[f64; 2]> {
+    /// Median milliseconds of both passes, and of each kernel of the backward pass by itself.
+    fn time(&self, queue: &Queue, kernels: Kernels) -> Outcome<Times> {
         let plan = Plan::with_kernels(queue, &self.spec, &self.documents, DeviceType::Bf16, kernels)?;
         let [q, k, v, d_o] = self.inputs.each_ref().map(Scratch::as_ref);
-        let mut outputs = [0; 4].map(|_| queue.scratch(DeviceType::Bf16, q.len()));
-        let [Ok(o), Ok(dq), Ok(dk), Ok(dv)] = outputs.each_mut() else { return Err("out of memory".into()) };
-        let mut times = [Vec::new(), Vec::new()];
+        let mut outputs = Vec::new();
+        for _ in 0..4 {
+            outputs.push(queue.scratch(DeviceType::Bf16, q.len())?);
+        }
+        let [o, dq, dk, dv] = &mut outputs[..] else { return Err("four outputs".into()) };
+        let (mut forward, mut backward, mut names, mut parts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for run in 0..RUNS + 2 {
             let timer = queue.timer()?;
             let saved = plan.forward(queue, q, k, v, &mut o.as_mut(), None, None, true)?.ok_or("nothing was saved")?;
-            let forward = timer.milliseconds()?;
+            let there = timer.milliseconds()?;
             let timer = queue.timer()?;
-            let [mut dq, mut dk, mut dv] = [&mut *dq, &mut *dk, &mut *dv].map(Scratch::as_mut);
-            plan.backward(queue, q, k, v, d_o, None, &saved, &mut dq, &mut dk, &mut dv)?;
-            let backward = timer.milliseconds()?;
+            let [mut a, mut b, mut c] = [dq.as_mut(), dk.as_mut(), dv.as_mut()];
+            plan.backward(queue, q, k, v, d_o, None, &saved, &mut a, &mut b, &mut c)?;
+            let back = timer.milliseconds()?;
+            // One after the other, each with the wait behind it.
+            let gradients = [dq.as_mut(), dk.as_mut(), dv.as_mut()];
+            let times = plan.time_backward(queue, [q, k, v], d_o, &saved, gradients)?;
             if run >= 2 {
-                times[0].push(forward);
-                times[1].push(backward);
+                forward.push(there);
+                backward.push(back);
+                names = times.iter().map(|(name, _)| *name).collect();
+                parts.push(times.into_iter().map(|(_, time)| time).collect::<Vec<_>>());
             }
         }
-        Ok(times.map(|mut times| {
+        let median = |mut times: Vec<f64>| {
             times.sort_by(f64::total_cmp);
             times[RUNS / 2]
-        }))
+        };
+        let part = |i: usize| median(parts.iter().map(|run| run[i]).collect());
+        let parts = names.into_iter().enumerate().map(|(i, name)| (name, part(i))).collect();
+        Ok(Times { forward: median(forward), backward: median(backward), parts })
     }
+}
+
+struct Times {
+    forward: f64,
+    backward: f64,
+    parts: Vec<(&'static str, f64)>,
 }
 
 fn describe(choice: &Choice) -> String {
@@ -118,6 +135,11 @@ fn describe(choice: &Choice) -> String {
     if let Some(sticks::Tuning { warpgroups, stages, turns, .. }) = choice.sticks {
         let turns = if turns { " turns" } else { "" };
         text += &format!("sticks: {warpgroups} warpgroups, {stages} stages{turns}");
+    }
+    if let Some(dkv::Tuning { stages, overlap, pairs, turns, .. }) = choice.dkv {
+        let options = [(overlap, " overlap"), (pairs, " pairs"), (turns, " turns")];
+        let options: String = options.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect();
+        text += &format!("dk, dv: {stages} stages{options}");
     }
     if let Some(dq::Tuning { warpgroups, stages, turns, .. }) = choice.dq {
         text += &format!("dq: {warpgroups} warpgroups, {stages} stages{}", turned(turns));
@@ -195,15 +217,27 @@ fn main() -> Outcome<()> {
     if asked("probe") {
         probe(&queue)?;
     }
-    println!("| B,H,L,D | kernels | forward ms | TFLOP/s | backward ms | TFLOP/s |\n|---|---|---|---|---|---|");
+    println!("| B,H,L,D | kernels | forward ms | TFLOP/s | backward ms | TFLOP/s | its kernels: ms, TFLOP/s |");
+    println!("|---|---|---|---|---|---|---|");
     for shape in shapes {
         let name = shape.map(|size| size.to_string()).join(",");
         let case = Case::new(&queue, shape)?;
+        // A forward pass has two products.
+        let rate = |products: f64, milliseconds: f64| products / 2.0 * case.flops / milliseconds / 1e9;
         for (kernel, choice) in choices(shape[3], asked("tunings")) {
             match watched(&format!("{name} {kernel}"), || case.time(&queue, choice)) {
-                Ok([forward, backward]) => {
-                    let [there, back] = [case.flops / forward / 1e9, 2.5 * case.flops / backward / 1e9];
-                    println!("| {name} | {kernel} | {forward:.3} | {there:.0} | {backward:.3} | {back:.0} |");
+                Ok(Times { forward, backward, parts }) => {
+                    let part = |(part, time): &(&str, f64)| {
+                        let products = match *part {
+                            "dq" => 3.0,
+                            "dk, dv" => 4.0,
+                            _ => 1.0,
+                        };
+                        format!("{part} {time:.3}, {:.0}", rate(products, *time))
+                    };
+                    let parts = parts.iter().map(part).collect::<Vec<_>>().join("; ");
+                    let (there, back) = (rate(2.0, forward), rate(5.0, backward));
+                    println!("| {name} | {kernel} | {forward:.3} | {there:.0} | {backward:.3} | {back:.0} | {parts} |");
                 }
                 Err(error) => println!("| {name} | {kernel} | {error} |"),
             }

@@ -141,7 +141,8 @@ fn a0_kernels_compile() {
     let queue = queue();
     let mut sources = Vec::new();
     for head_dim in [64, 128] {
-        sources.extend(Choice::candidates(head_dim).iter().flat_map(|choice| choice.sources(head_dim)));
+        let choices = Choice::candidates(head_dim).into_iter().chain([Choice::new(head_dim)]);
+        sources.extend(choices.flat_map(|choice| choice.sources(head_dim)));
         sources.push(probe::source(head_dim, &Tuning::new(head_dim)));
         let portable = sources_for(head_dim, DeviceType::Bf16);
         sources.extend(portable.into_iter().filter(|source| source.file == "stick_breaking.cu"));
@@ -437,4 +438,52 @@ fn b9_calls_that_cannot_run_are_refused() {
         // By itself a plan takes the portable kernel there.
         Plan::new(&queue, &spec, &documents, DeviceType::Bf16).unwrap();
     }
+}
+
+/// Near-normal numbers, quickly.
+fn many(count: usize, mut seed: u32) -> Vec<bf16> {
+    let mut uniform = || {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (seed >> 8) as f32 / (1 << 24) as f32 - 0.5
+    };
+    (0..count).map(|_| bf16::from_f32(2.0 * (uniform() + uniform() + uniform()))).collect()
+}
+
+/// So large a state that it is rebuilt, and that the backward pass takes one key/value head at a time.
+#[test]
+#[ignore = "needs an NVIDIA Hopper GPU"]
+fn c1_heads_in_several_launches() {
+    let mut table = Table::new();
+    let (tokens, heads, kv_heads, head_dim) = (16684, 64, 2, 64);
+    let layout = AttentionLayout::contiguous(tokens, heads, kv_heads, head_dim);
+    let documents = [0, 300, 16684];
+    // Small scores, so that sticks last.
+    let spec = StickBreakingSpec { scale: 1.0 / 64.0, ..StickBreakingSpec::new(layout) };
+    let (width, kv_width) = (tokens * heads * head_dim, tokens * kv_heads * head_dim);
+    let [q, k, v, d_o] = [(width, 1), (kv_width, 2), (kv_width, 3), (width, 4)]
+        .map(|(count, seed)| table.queue.upload(&many(count, seed)).unwrap());
+    let mut found = Vec::new();
+    for kernels in [Kernels::Portable, Kernels::Hopper(Choice::new(head_dim))] {
+        let _watchdog = Watchdog::new("several launches", PATIENCE);
+        let queue = &table.queue;
+        let plan = Plan::with_kernels(queue, &spec, &documents, DeviceType::Bf16, kernels).unwrap();
+        let [mut o, mut dq, mut dk, mut dv] =
+            [width, width, kv_width, kv_width].map(|len| queue.scratch(DeviceType::Bf16, len).unwrap());
+        let (q, k, v) = (q.as_ref(), k.as_ref(), v.as_ref());
+        let saved = plan.forward(queue, q, k, v, &mut o.as_mut(), None, None, true).unwrap().unwrap();
+        let gradients = [dq.as_mut(), dk.as_mut(), dv.as_mut()];
+        let times = plan.time_backward(queue, [q, k, v], d_o.as_ref(), &saved, gradients).unwrap();
+        println!("{times:?}");
+        let launches = times.iter().filter(|(name, _)| *name == "dk, dv").count();
+        table.expect("several launches", launches == 2, || format!("{launches} launches"));
+        found.push([&dk, &dv].map(|memory| wide(&download::<bf16>(&table.queue, memory))));
+    }
+    for (i, what) in ["dk", "dv"].iter().enumerate() {
+        let between = errors(&found[1][i], &found[0][i], head_dim);
+        println!("{what} against portable {between:?}");
+        table.expect("several launches", between.tensor <= 3e-3 && between.row <= 3e-2, || {
+            format!("{what} {between:?}")
+        });
+    }
+    table.done();
 }

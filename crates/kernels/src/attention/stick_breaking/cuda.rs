@@ -56,6 +56,9 @@ pub enum Kernels {
     Hopper(Choice),
 }
 
+/// Starts a kernel of the backward pass, which has a name; whoever measures wraps it.
+type Run<'a> = &'a mut dyn FnMut(&'static str, &mut dyn FnMut() -> Result<()>) -> Result<()>;
+
 /// What a forward pass leaves for its backward pass, on the device.
 #[derive(Debug)]
 pub struct Saved {
@@ -217,6 +220,44 @@ impl Plan {
         dk: &mut DeviceMut<'_>,
         dv: &mut DeviceMut<'_>,
     ) -> Result<()> {
+        let gradients = [dq.reborrow(), dk.reborrow(), dv.reborrow()];
+        self.backward_by(queue, [q, k, v], d_o, drem, saved, gradients, &mut |_, launch| launch())
+    }
+
+    /// [`backward`](Self::backward) without drem, with the name of each kernel in bf16 and the milliseconds it took; waits for
+    /// each. For measurements.
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward).
+    pub fn time_backward(
+        &self,
+        queue: &Queue,
+        inputs: [DeviceRef<'_>; 3],
+        d_o: DeviceRef<'_>,
+        saved: &Saved,
+        gradients: [DeviceMut<'_>; 3],
+    ) -> Result<Vec<(&'static str, f64)>> {
+        let mut times = Vec::new();
+        self.backward_by(queue, inputs, d_o, None, saved, gradients, &mut |name, launch| {
+            let timer = queue.timer()?;
+            launch()?;
+            times.push((name, timer.milliseconds()?));
+            Ok(())
+        })?;
+        Ok(times)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "each is a tensor of its own")]
+    fn backward_by(
+        &self,
+        queue: &Queue,
+        [q, k, v]: [DeviceRef<'_>; 3],
+        d_o: DeviceRef<'_>,
+        drem: Option<DeviceRef<'_>>,
+        saved: &Saved,
+        gradients: [DeviceMut<'_>; 3],
+        run: Run<'_>,
+    ) -> Result<()> {
         let Inner { spec, dtype, path, .. } = &*self.inner;
         let layout = &spec.layout;
         if !saved.plan.same(self) {
@@ -227,14 +268,13 @@ impl Plan {
         if let Some(drem) = &drem {
             check_flat(BACKWARD, "drem", drem, DeviceType::F32, layout.tokens * layout.query_heads)?;
         }
-        check_gradients(BACKWARD, layout, *dtype, [dq, dk, dv])?;
+        check_gradients(BACKWARD, layout, *dtype, gradients.each_ref())?;
         let first = saved.first_tiles.as_ref().map(Scratch::as_ref);
-        let gradients = [dq.reborrow(), dk.reborrow(), dv.reborrow()];
         match path {
             Path::Float(plan) => plan.stick_breaking_backward(queue, spec, [q, k, v], d_o, drem, first, gradients),
             Path::TensorCores(kernels) => {
                 let sticks = saved.sticks.as_ref().map(Scratch::as_ref);
-                kernels.backward(queue, spec, [q, k, v], d_o, drem, (first, sticks), gradients)
+                kernels.backward(queue, spec, [q, k, v], d_o, drem, (first, sticks), gradients, run)
             }
         }
     }
@@ -417,6 +457,8 @@ pub(super) struct Backward<'a> {
     pub(super) sums: Arg,
     pub(super) first_blocks: Arg,
     pub(super) dq: Arg,
+    pub(super) dk: Arg,
+    pub(super) dv: Arg,
 }
 
 impl TensorCores {
@@ -544,6 +586,7 @@ impl TensorCores {
         drem: Option<DeviceRef<'_>>,
         (first_blocks, saved): (Option<DeviceRef<'_>>, Option<DeviceRef<'_>>),
         [mut dq, mut dk, mut dv]: [DeviceMut<'_>; 3],
+        run: Run<'_>,
     ) -> Result<()> {
         let layout = &spec.layout;
         let group = layout.group();
@@ -558,11 +601,14 @@ impl TensorCores {
             let kv_heads = groups.min(layout.kv_heads - first_group);
             let (first_head, heads) = (first_group * group, kv_heads * group);
             let [a, b, c, d, e, f, g, h, i, j, factor] = self.sizes(spec, first_head);
+            let state = (self.entries, self.pieces);
             let hopper = self.hopper.as_ref().and_then(|hopper| hopper.sticks.as_ref());
             if let (Some(hopper), Some(rebuilt)) = (hopper, &mut rebuilt) {
                 let (sticks, first_blocks) = (Arg::from(&mut rebuilt.as_mut()), Arg::optional(first_blocks));
-                let (state, heads) = ((self.entries, self.pieces), first_head..first_head + heads);
-                hopper.run(queue, spec, state, Self::factor(spec), heads, [q, k], first_blocks, sticks)?;
+                let heads = first_head..first_head + heads;
+                run("sticks", &mut || {
+                    hopper.run(queue, spec, state, Self::factor(spec), heads.clone(), [q, k], first_blocks, sticks)
+                })?;
             } else if let Some(rebuilt) = &mut rebuilt {
                 let arguments = [
                     q.into(),
@@ -588,7 +634,7 @@ impl TensorCores {
                     Arg::from(0.0f32),
                 ];
                 let launch = self.query_tiles.launch(heads, 32 * Shape::WARPS, self.shape.sticks_shared());
-                queue.launch(&self.sticks, launch, &arguments)?;
+                run("sticks", &mut || queue.launch(&self.sticks, launch, &arguments))?;
             }
             let sticks = match (saved, &rebuilt) {
                 (Some(saved), _) => saved.slice(first_head * self.head_state()..saved.len()).into(),
@@ -625,24 +671,33 @@ impl TensorCores {
             };
             let sums = Arg::from(&mut sums.as_mut());
             let gradients = [Arg::from(&mut dq), Arg::from(&mut dk), Arg::from(&mut dv)];
-            if let Some(hopper) = self.hopper.as_ref().and_then(|hopper| hopper.dq.as_ref()) {
-                let call = Backward {
-                    inputs: [q, k, v],
-                    d_o,
-                    drem: Arg::optional(drem),
-                    sticks,
-                    sums,
-                    first_blocks: Arg::optional(first_blocks),
-                    dq: gradients[0],
-                };
-                let heads = first_head..first_head + heads;
-                hopper.run(queue, spec, (self.entries, self.pieces), Self::factor(spec), heads, &call)?;
-            } else {
+            let call = Backward {
+                inputs: [q, k, v],
+                d_o,
+                drem: Arg::optional(drem),
+                sticks,
+                sums,
+                first_blocks: Arg::optional(first_blocks),
+                dq: gradients[0],
+                dk: gradients[1],
+                dv: gradients[2],
+            };
+            run("dq", &mut || {
+                if let Some(hopper) = self.hopper.as_ref().and_then(|hopper| hopper.dq.as_ref()) {
+                    let heads = first_head..first_head + heads;
+                    return hopper.run(queue, spec, state, Self::factor(spec), heads, &call);
+                }
                 let launch = self.dq_tiles.launch(heads, 32 * Shape::WARPS, self.shape.dq_shared());
-                queue.launch(&self.dq, launch, &arguments(&self.dq_tiles, sums, gradients))?;
-            }
-            let launch = self.key_tiles.launch(kv_heads, 32 * Shape::WARPS, self.shape.dkdv_shared());
-            queue.launch(&self.dkdv, launch, &arguments(&self.key_tiles, sums, gradients))?;
+                queue.launch(&self.dq, launch, &arguments(&self.dq_tiles, sums, gradients))
+            })?;
+            run("dk, dv", &mut || {
+                if let Some(hopper) = self.hopper.as_ref().and_then(|hopper| hopper.dkv.as_ref()) {
+                    let kv_heads = first_group..first_group + kv_heads;
+                    return hopper.run(queue, spec, state, Self::factor(spec), kv_heads, &call);
+                }
+                let launch = self.key_tiles.launch(kv_heads, 32 * Shape::WARPS, self.shape.dkdv_shared());
+                queue.launch(&self.dkdv, launch, &arguments(&self.key_tiles, sums, gradients))
+            })?;
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use crate::attention::AttentionLayout;
 use crate::cuda::{Boxes, DeviceType, HOPPER, Launch, Queue, Scratch, Source};
 use crate::{KernelError, Result};
 
+pub mod dkv;
 pub mod dq;
 pub mod forward;
 pub mod probe;
@@ -46,11 +47,13 @@ pub struct Choice {
     pub sticks: Option<sticks::Tuning>,
     /// dq, and the sums over older keys.
     pub dq: Option<dq::Tuning>,
+    /// dk and dv.
+    pub dkv: Option<dkv::Tuning>,
 }
 
 impl Choice {
     /// The portable kernels for every pass.
-    pub const NONE: Self = Self { forward: None, sticks: None, dq: None };
+    pub const NONE: Self = Self { forward: None, sticks: None, dq: None, dkv: None };
 
     /// All passes, each as it was fastest for the head dim.
     pub fn new(head_dim: usize) -> Self {
@@ -58,6 +61,7 @@ impl Choice {
             forward: Some(forward::Tuning::new(head_dim)),
             sticks: Some(sticks::Tuning::new(head_dim)),
             dq: Some(dq::Tuning::new(head_dim)),
+            dkv: Some(dkv::Tuning::new(head_dim)),
         }
     }
 
@@ -66,10 +70,12 @@ impl Choice {
         let forward = forward::Tuning::candidates(head_dim).into_iter();
         let sticks = sticks::Tuning::candidates(head_dim).into_iter();
         let dq = dq::Tuning::candidates(head_dim).into_iter();
+        let dkv = dkv::Tuning::candidates(head_dim).into_iter();
         forward
             .map(|tuning| Self { forward: Some(tuning), ..Self::NONE })
             .chain(sticks.map(|tuning| Self { sticks: Some(tuning), ..Self::NONE }))
             .chain(dq.map(|tuning| Self { dq: Some(tuning), ..Self::NONE }))
+            .chain(dkv.map(|tuning| Self { dkv: Some(tuning), ..Self::NONE }))
             .collect()
     }
 
@@ -78,7 +84,8 @@ impl Choice {
         let forward = self.forward.map(|tuning| tuning.source(head_dim));
         let sticks = self.sticks.map(|tuning| tuning.source(head_dim));
         let dq = self.dq.map(|tuning| tuning.source(head_dim));
-        [forward, sticks, dq].into_iter().flatten().collect()
+        let dkv = self.dkv.map(|tuning| tuning.source(head_dim));
+        [forward, sticks, dq, dkv].into_iter().flatten().collect()
     }
 }
 
@@ -158,6 +165,7 @@ pub(super) struct Hopper {
     pub(super) forward: Option<forward::Forward>,
     pub(super) sticks: Option<sticks::Sticks>,
     pub(super) dq: Option<dq::Dq>,
+    pub(super) dkv: Option<dkv::Dkv>,
 }
 
 impl Hopper {
@@ -174,7 +182,13 @@ impl Hopper {
         let forward = choice.forward.map(|tuning| forward::Forward::new(queue, layout, documents, shape, tuning));
         let sticks = choice.sticks.map(|tuning| sticks::Sticks::new(queue, layout, documents, shape, tuning));
         let dq = choice.dq.map(|tuning| dq::Dq::new(queue, layout, documents, shape, tuning));
-        Ok(Self { forward: forward.transpose()?, sticks: sticks.transpose()?, dq: dq.transpose()? })
+        let dkv = choice.dkv.map(|tuning| dkv::Dkv::new(queue, layout, documents, shape, tuning));
+        Ok(Self {
+            forward: forward.transpose()?,
+            sticks: sticks.transpose()?,
+            dq: dq.transpose()?,
+            dkv: dkv.transpose()?,
+        })
     }
 }
 
@@ -227,7 +241,8 @@ mod tests {
                 let forward = choice.forward.map(|tuning| tuning.shared(head_dim));
                 let sticks = choice.sticks.map(|tuning| tuning.shared(head_dim));
                 let dq = choice.dq.map(|tuning| tuning.shared(head_dim));
-                assert!([forward, sticks, dq].into_iter().flatten().all(|bytes| bytes <= 227 << 10), "{choice:?}");
+                let dkv = choice.dkv.map(|tuning| tuning.shared(head_dim));
+                assert!([forward, sticks, dq, dkv].into_iter().flatten().all(|bytes| bytes <= 227 << 10), "{choice:?}");
             }
         }
     }
