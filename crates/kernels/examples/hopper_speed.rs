@@ -210,7 +210,7 @@ fn main() -> Outcome<()> {
         if asked("probe") {
             sources.extend(probes(head_dim).iter().map(|tuning| probe::source(head_dim, tuning)));
         }
-        let portable = sources_for(head_dim, DeviceType::Bf16);
+        let portable = sources_for(&queue.gpu().architecture(), head_dim, DeviceType::Bf16);
         sources.extend(portable.into_iter().filter(|source| source.file == "stick_breaking.cu"));
     }
     queue.gpu().prepare(&sources, |_| ())?;

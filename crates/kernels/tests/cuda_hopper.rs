@@ -144,7 +144,7 @@ fn a0_kernels_compile() {
         let choices = Choice::candidates(head_dim).into_iter().chain([Choice::new(head_dim)]);
         sources.extend(choices.flat_map(|choice| choice.sources(head_dim)));
         sources.push(probe::source(head_dim, &Tuning::new(head_dim)));
-        let portable = sources_for(head_dim, DeviceType::Bf16);
+        let portable = sources_for("sm_90a", head_dim, DeviceType::Bf16);
         sources.extend(portable.into_iter().filter(|source| source.file == "stick_breaking.cu"));
     }
     queue.gpu().prepare(&sources, |_| ()).unwrap();

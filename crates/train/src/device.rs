@@ -156,7 +156,8 @@ impl Waits {
 /// If one does not compile, with the compiler's log.
 pub fn prepare_kernels(config: &ModelConfig, dtype: DType, device: Device, tell: impl Fn(&str) + Sync) -> Result<()> {
     let Some(queue) = queue(device)? else { return Ok(()) };
-    let sources: Vec<Source> = all_sources().into_iter().filter(|source| is_used(source, config, dtype)).collect();
+    let all = all_sources(&queue.gpu().architecture());
+    let sources: Vec<Source> = all.into_iter().filter(|source| is_used(source, config, dtype)).collect();
     let started = Instant::now();
     let last = Mutex::new(Instant::now());
     queue.gpu().prepare(&sources, |done| {
@@ -184,7 +185,11 @@ fn is_used(source: &Source, config: &ModelConfig, dtype: DType) -> bool {
         file if file.starts_with("stick") => !stick,
         _ => false,
     };
-    let other_type = dtype != DType::F32 && source.file.contains("f32");
+    // Attention on tensor cores is for bf16, and has a file of its own for float32.
+    let other_type = match dtype {
+        DType::F32 => source.file.starts_with("softmax") || source.file.starts_with("stick"),
+        _ => source.file.contains("f32"),
+    };
     // WIDTH is the size up to which smaller heads are padded.
     let other_size = source.defines.iter().any(|(name, value)| match *name {
         "HEAD_DIM" => *value != head_dim,

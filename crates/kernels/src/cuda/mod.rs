@@ -34,9 +34,9 @@ pub use view::{DeviceElement, DeviceMut, DeviceRef, DeviceType, check};
 /// The architecture of Hopper cards with the instructions that only they have.
 pub(crate) const HOPPER: &str = "sm_90a";
 
-/// Every source that the ops can ask for, so that one test can compile them all without a GPU. Those for one architecture
-/// alone are not among them.
-pub fn all_sources() -> Vec<Source> {
+/// Every source that the ops can ask for on an architecture such as `sm_90a`, so that one test can compile them all without a
+/// GPU.
+pub fn all_sources(architecture: &str) -> Vec<Source> {
     let pointwise = [
         crate::elementwise::cuda::sources(),
         crate::reduce::cuda::sources(),
@@ -54,11 +54,13 @@ pub fn all_sources() -> Vec<Source> {
         crate::attention::stick_breaking::cuda::sources(),
         crate::attention::decode_cuda::sources(),
     ];
-    [pointwise.concat(), attention.concat()].concat()
+    let hopper = if architecture == HOPPER { crate::attention::stick_breaking::hopper::sources() } else { Vec::new() };
+    [pointwise.concat(), attention.concat(), hopper].concat()
 }
 
-/// The sources that a model with this head dimension asks for in this type, to be compiled before its first step.
-pub fn sources_for(head_dim: usize, dtype: DeviceType) -> Vec<Source> {
+/// The sources that a model with this head dimension asks for in this type on an architecture, to be compiled before its first
+/// step.
+pub fn sources_for(architecture: &str, head_dim: usize, dtype: DeviceType) -> Vec<Source> {
     let wanted = |source: &Source| {
         source.defines.iter().all(|(name, value)| match (*name, dtype) {
             ("HEAD_DIM", DeviceType::Bf16) => *value == head_dim.to_string(),
@@ -70,5 +72,5 @@ pub fn sources_for(head_dim: usize, dtype: DeviceType) -> Vec<Source> {
             _ => true,
         })
     };
-    all_sources().into_iter().filter(wanted).collect()
+    all_sources(architecture).into_iter().filter(wanted).collect()
 }
