@@ -34,6 +34,7 @@ pub mod hopper;
 pub mod hopper_probe;
 pub mod reference;
 mod stick;
+pub mod tiles_cuda;
 
 use std::ops::Range;
 
