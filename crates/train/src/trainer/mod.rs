@@ -43,7 +43,7 @@ use stickbreak_tensor::{DType, Device};
 
 pub(crate) use memory::{NCCL_BYTES, available_memory, gpu_memory_terms};
 pub use snapshot::program_version;
-pub use text::{Text, tokenizer_choice};
+pub use text::{Text, held_out, tokenizer_choice};
 
 /// A run: model, optimizer, data, and their place in time.
 pub struct Trainer {
