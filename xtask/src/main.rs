@@ -17,7 +17,7 @@ These build the release program `stickbreak` and hand over to it (`cargo xtask <
   generate         continue a prompt
   prepare          turn text into shards of tokens
   verify DIR       check this build against golden vectors
-  bench [PART]     time attention, a training step, matrix products
+  bench [PART]     time attention, decoding, a training step, matrix products; --from RUN: on trained weights
   report RUN       write a run's report.html
   doctor           what this machine has
 

@@ -33,8 +33,9 @@
 //! elements and addresses multiples of 16 bytes. Gradients are contiguous and overwritten in full.
 //!
 //! **Streams.** A [`Queue`](cuda::Queue) is a device and one stream, its own ([`Queue::open`](cuda::Queue::open)) or yours
-//! ([`Queue::new`](cuda::Queue::new)). Everything is put on that stream and nothing waits for it, except downloads and
-//! [`visited_tiles`](attention::stick_breaking::cuda::Saved::visited_tiles). Memory that other streams use has to be ordered
+//! ([`Queue::new`](cuda::Queue::new)). Everything is put on that stream and nothing waits for it, except downloads,
+//! [`visited_tiles`](attention::stick_breaking::cuda::Saved::visited_tiles) and
+//! [`TileCount::read`](attention::stick_breaking::tiles_cuda::TileCount::read). Memory that other streams use has to be ordered
 //! by your events: cudarc's own event tracking sees no access made here, and is switched off in the context.
 //!
 //! **Plans.** [`Plan::new`](attention::stick_breaking::cuda::Plan::new) checks sizes and offsets, uploads tile lists and loads

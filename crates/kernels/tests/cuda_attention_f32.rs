@@ -46,6 +46,7 @@ fn run_on_device(queue: &Queue, spec: &StickBreakingSpec, cu_seqlens: &[i32], in
     let saved = plan.forward(queue, q, k, v, &mut o, Some(&mut rem), Some(&mut log2_rem), true).unwrap().unwrap();
     plan.backward(queue, q, k, v, d_o, Some(d_rem), &saved, &mut dq, &mut dk, &mut dv).unwrap();
     let visited = saved.visited_tiles(queue).unwrap();
+    assert_eq!(saved.count_tiles(queue).unwrap().read(queue).unwrap(), visited);
     Run { outputs: outputs.each_ref().map(|memory| download::<f32>(queue, memory)), visited }
 }
 

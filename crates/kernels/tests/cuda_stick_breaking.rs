@@ -54,6 +54,7 @@ fn run<T: Number>(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64
     let (mut rem_view, mut log_view) = (rem.as_mut(), log2_rem.as_mut());
     let saved = plan.forward(queue, q, k, v, &mut o.as_mut(), Some(&mut rem_view), Some(&mut log_view), true);
     let saved = saved.unwrap().unwrap();
+    assert_eq!(saved.count_tiles(queue).unwrap().read(queue).unwrap(), saved.visited_tiles(queue).unwrap());
     let gradients = [&mut dq, &mut dk, &mut dv].map(Scratch::as_mut);
     let [mut dq_view, mut dk_view, mut dv_view] = gradients;
     let drem = with_drem.then(|| drem.as_ref());

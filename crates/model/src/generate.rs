@@ -1,7 +1,7 @@
 //! Continuing a prompt, with a cache of keys and values.
 //!
-//! The prompt goes through the blocks in one pass, then one token at a time: through the same [`Block`] code as in
-//! training, only with an attention that reads the cache.
+//! The prompt goes through the blocks in chunks, then one token at a time: through the same [`Block`] code as in training,
+//! only with an attention that reads the cache.
 
 use crate::error::{ModelError, Result};
 use crate::transformer::{AttentionSettings, Block, Packing, Transformer};
@@ -85,6 +85,10 @@ struct LayerCache {
     value: Tensor,
 }
 
+/// Tokens of a text that go through the model at once, for stick-breaking: all of its memory but the cache depends on them
+/// and not on the text's length. Enough to fill a GPU.
+const CHUNK: usize = 4096;
+
 /// A model in the middle of a text: the cache of the tokens so far and the logits of the next one.
 pub struct Generator<'m> {
     model: &'m Transformer,
@@ -101,13 +105,28 @@ impl<'m> Generator<'m> {
     /// # Errors
     /// If the prompt is empty or holds an id outside of the vocabulary.
     pub fn new(model: &'m Transformer, prompt: &[u32]) -> Result<Self> {
+        Self::in_chunks(model, prompt, CHUNK)
+    }
+
+    /// [`new`](Self::new) with so many tokens at once. Softmax attention takes the prompt whole, whatever `chunk` is.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), or if `chunk` is 0.
+    pub fn in_chunks(model: &'m Transformer, prompt: &[u32], chunk: usize) -> Result<Self> {
         if prompt.is_empty() {
             return Err(ModelError::Generate("the prompt is empty; give at least the end-of-text token".into()));
+        }
+        if chunk == 0 {
+            return Err(ModelError::Generate("chunk = 0 tokens of the prompt at once never end it".into()));
         }
         let settings = AttentionSettings::new(model.config());
         let mut generator = Self { model, settings, layers: Vec::new(), capacity: 0, len: 0, logits: Vec::new() };
         generator.reserve(prompt.len())?;
-        generator.prefill(prompt)?;
+        let chunk = match generator.settings {
+            AttentionSettings::StickBreaking(_) => chunk,
+            AttentionSettings::Softmax(_) => prompt.len(),
+        };
+        prompt.chunks(chunk).try_for_each(|chunk| generator.prefill(chunk))?;
         Ok(generator)
     }
 
@@ -149,13 +168,21 @@ impl<'m> Generator<'m> {
         Ok(())
     }
 
-    fn prefill(&mut self, prompt: &[u32]) -> Result<()> {
-        let packing = Packing::single(prompt.len())?;
-        let positions = packing.to_device(self.model.device())?.positions().clone();
-        self.run(prompt, &positions, |settings, layer, q, k, v| {
-            layer.key.narrow(0, 0, prompt.len())?.copy_assign(k.value())?;
-            layer.value.narrow(0, 0, prompt.len())?.copy_assign(v.value())?;
-            settings.attend(q, k, v, packing.cu_seqlens())
+    /// Appends tokens to the cache, for which there is room; of softmax only the first.
+    fn prefill(&mut self, tokens: &[u32]) -> Result<()> {
+        let (first, end) = (self.len, self.len + tokens.len());
+        let packing = Packing::single(end)?;
+        let positions = packing.positions().narrow(0, first, tokens.len())?.to_device(self.model.device())?;
+        self.run(tokens, &positions, |settings, layer, q, k, v| {
+            layer.key.narrow(0, first, tokens.len())?.copy_assign(k.value())?;
+            layer.value.narrow(0, first, tokens.len())?.copy_assign(v.value())?;
+            match settings {
+                AttentionSettings::StickBreaking(stick) if first > 0 => {
+                    let (keys, values) = (layer.key.narrow(0, 0, end)?, layer.value.narrow(0, 0, end)?);
+                    constants(q, attention::stick_breaking_extend(q.value(), &keys, &values, *stick)?)
+                }
+                _ => settings.attend(q, k, v, packing.cu_seqlens()),
+            }
         })
     }
 
@@ -215,21 +242,26 @@ impl<'m> Generator<'m> {
     }
 }
 
+/// o and rem as an attention gives them to its block: rem is of q's type, as the training forward makes it.
+fn constants<'t>(q: &Var<'t>, (o, rem): (Tensor, Tensor)) -> Result<(Var<'t>, Option<Var<'t>>)> {
+    let (tape, rem) = (q.tape(), rem.to_dtype(o.dtype())?);
+    Ok((tape.constant(o), Some(tape.constant(rem))))
+}
+
 impl AttentionSettings {
     /// One query `[1, Hq, D]` against the cache `[len, Hkv, D]`, whose last row is the query's own token.
     fn decode<'t>(&self, q: &Var<'t>, keys: &Tensor, values: &Tensor) -> Result<(Var<'t>, Option<Var<'t>>)> {
-        let tape = q.tape();
-        Ok(match self {
+        let one_sequence = |cache: &Tensor| cache.reshape([&[1], &cache.shape()[..]].concat());
+        let (keys, values) = (one_sequence(keys)?, one_sequence(values)?);
+        match self {
             Self::StickBreaking(settings) => {
-                let (o, rem) = attention::stick_breaking_decode(q.value(), keys, values, *settings)?;
-                // Of q's type, as the training forward makes it.
-                let rem = rem.to_dtype(o.dtype())?;
-                (tape.constant(o), Some(tape.constant(rem)))
+                constants(q, attention::stick_breaking_decode(q.value(), &keys, &values, *settings)?)
             }
             Self::Softmax(settings) => {
-                (tape.constant(attention::softmax_decode(q.value(), keys, values, settings)?), None)
+                let o = attention::softmax_decode(q.value(), &keys, &values, settings)?;
+                Ok((q.tape().constant(o), None))
             }
-        })
+        }
     }
 }
 

@@ -10,6 +10,7 @@
 
 use crate::config::{AttentionKind, ModelConfig, Remainder};
 use crate::error::{ModelError, Result};
+use crate::tiles::TileWatch;
 use std::sync::Arc;
 use stickbreak_autograd::ops::{self, StickBreakingOutput};
 use stickbreak_autograd::{
@@ -92,6 +93,7 @@ pub struct Block {
     gate: Parameter,
     up: Parameter,
     down: Parameter,
+    pub(crate) tiles: TileWatch,
 }
 
 /// The attention of a block once q, k and v are there: over the whole row in training, against a cache in generation.
@@ -149,6 +151,7 @@ impl BlockIds {
             gate: get(self.gate)?,
             up: get(self.up)?,
             down: get(self.down)?,
+            tiles: TileWatch::default(),
         })
     }
 }
@@ -160,7 +163,9 @@ impl Block {
     /// If x has not as many rows as the documents have tokens, or not the model's width.
     pub fn forward<'t>(&self, x: &Var<'t>, packing: &Packing) -> Result<Var<'t>> {
         let settings = AttentionSettings::new(&self.config);
-        self.forward_with(x, packing.positions(), &mut |q, k, v| settings.attend(q, k, v, packing.cu_seqlens()))
+        self.forward_with(x, packing.positions(), &mut |q, k, v| {
+            settings.attend_watched(q, k, v, packing.cu_seqlens(), Some(&self.tiles))
+        })
     }
 
     /// The block with another attention; `positions` are those of x's tokens.
@@ -257,9 +262,26 @@ impl AttentionSettings {
         v: &Var<'t>,
         cu_seqlens: &[i32],
     ) -> Result<(Var<'t>, Option<Var<'t>>)> {
+        self.attend_watched(q, k, v, cu_seqlens, None)
+    }
+
+    /// [`attend`](Self::attend), and `watch` counts the tiles of a pass that a backward pass will follow.
+    fn attend_watched<'t>(
+        &self,
+        q: &Var<'t>,
+        k: &Var<'t>,
+        v: &Var<'t>,
+        cu_seqlens: &[i32],
+        watch: Option<&TileWatch>,
+    ) -> Result<(Var<'t>, Option<Var<'t>>)> {
         Ok(match self {
             Self::StickBreaking(settings) => {
-                let StickBreakingOutput { o, rem, .. } = ops::stick_breaking_attention(q, k, v, cu_seqlens, *settings)?;
+                let StickBreakingOutput { o, rem, saved } =
+                    ops::stick_breaking_attention(q, k, v, cu_seqlens, *settings)?;
+                // Without early exit there is nothing to count; a pass that is not recorded saves nothing on a GPU.
+                if let Some(watch) = watch.filter(|_| settings.early_exit_bits > 0 && o.is_tracked()) {
+                    watch.see(&saved)?;
+                }
                 (o, Some(rem))
             }
             Self::Softmax(settings) => (ops::softmax_attention(q, k, v, cu_seqlens, settings)?, None),

@@ -4,7 +4,7 @@ mod support;
 
 use serde_json::{Value, json};
 use stickbreak_autograd::Tape;
-use stickbreak_model::{Packing, Sampling, Transformer};
+use stickbreak_model::{Generator, Packing, Sampling, Transformer};
 use stickbreak_tensor::{DType, Device, Tensor};
 use support::{ids, labels, model, tensor};
 
@@ -105,5 +105,54 @@ fn generation_with_a_cache_agrees_with_the_cpu() {
         assert_eq!(run(&host), run(&device), "{changes}");
         let (_, device) = pair(&changes, DType::BF16);
         assert_eq!(run(&device).len(), 40);
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn a_prompt_in_chunks_agrees_with_the_cpu() {
+    let text = ids(6, 700);
+    let off = |found: &[f64], expected: &[f64]| {
+        let largest = expected.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+        let difference = std::iter::zip(found, expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        if difference.is_nan() { f64::INFINITY } else { difference / largest }
+    };
+    for changes in [
+        json!({}),
+        json!({"early_exit_bits": 0, "num_kv_heads": 2, "remainder": "bias"}),
+        json!({"attend_current": true, "head_norm": true, "remainder": "value"}),
+        json!({"attention": "softmax-rope"}),
+    ] {
+        let changes = with_wide_heads(changes);
+        for (dtype, bound) in [(DType::F32, 1e-4), (DType::BF16, 5e-2)] {
+            let (host, device) = pair(&changes, dtype);
+            let expected = Generator::new(&host, &text).unwrap();
+            // Chunks that end inside of a tile of 64 and of 128 rows, and such that do not.
+            for chunk in [700, 256, 100] {
+                let found = Generator::in_chunks(&device, &text, chunk).unwrap();
+                let error = off(found.logits(), expected.logits());
+                assert!(error <= bound, "{changes}, {dtype}, chunks of {chunk}: {error:.1e}");
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn tiles_are_counted_alike_in_training_and_on_purpose() {
+    let packing = Packing::new(&[0, 300, 1200]).unwrap();
+    let text = ids(7, 1200);
+    for dtype in [DType::F32, DType::BF16] {
+        let (_, device) = pair(&with_wide_heads(json!({"num_kv_heads": 2})), dtype);
+        let expected = device.skipped_tiles(&tensor(&text), &packing).unwrap().unwrap();
+        assert!(expected.iter().flatten().all(|&share| share > 0.3 && share < 1.0), "{dtype}: {expected:?}");
+        device.watch_tiles(true);
+        for recompute in [false, true] {
+            gradients(&device, &text, &packing, recompute);
+            assert_eq!(device.take_skipped_tiles().unwrap().as_ref(), Some(&expected), "{dtype}, {recompute}");
+        }
+        device.watch_tiles(false);
+        gradients(&device, &text, &packing, false);
+        assert_eq!(device.take_skipped_tiles().unwrap(), None);
     }
 }

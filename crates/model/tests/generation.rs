@@ -46,6 +46,42 @@ fn the_cache_agrees_with_the_training_forward_at_every_position() {
     }
 }
 
+#[test]
+fn a_prompt_in_chunks_agrees_with_the_training_forward() {
+    // More than one tile of keys, and chunks that end inside of one.
+    let text = ids(8, 230);
+    for mut changes in kinds() {
+        changes["early_exit_bits"] = json!(0);
+        let model = model(changes.clone(), DType::F64);
+        let expected = forward_logits(&model, &text);
+        for (tokens, chunk) in [(230, 230), (230, 100), (230, 33), (192, 96), (7, 1)] {
+            let mut generator = Generator::in_chunks(&model, &text[..tokens], chunk).unwrap();
+            assert_eq!(generator.len(), tokens);
+            let error = apart(generator.logits(), &expected[tokens - 1]);
+            assert!(error <= 1e-12, "{changes}, {tokens} tokens in chunks of {chunk}: {error:e}");
+            // The cache is that of the whole prompt, and goes on from there.
+            if tokens < text.len() {
+                generator.push(text[tokens]).unwrap();
+                let error = apart(generator.logits(), &expected[tokens]);
+                assert!(error <= 1e-12, "{changes}, after {tokens} tokens in chunks of {chunk}: {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn early_exit_in_chunks_stays_within_its_bound() {
+    let text = ids(9, 600);
+    let exact = forward_logits(&model(json!({"early_exit_bits": 0}), DType::F64), &text).pop().unwrap();
+    for (bits, bound) in [(30, 1e-6), (10, 1e-1)] {
+        let model = model(json!({"early_exit_bits": bits}), DType::F64);
+        let chunked = Generator::in_chunks(&model, &text, 130).unwrap();
+        let error = apart(chunked.logits(), &exact);
+        // Something was left out, or the bound would say nothing.
+        assert!(error > 0.0 && error <= bound, "{bits} bits: {error:e}");
+    }
+}
+
 fn argmax(logits: &[f64]) -> u32 {
     (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32
 }
@@ -145,6 +181,10 @@ fn what_cannot_be_generated_is_refused() {
     let error = model.generate(&[], 4, &default, None, |_| true).unwrap_err().to_string();
     assert!(error.contains("prompt is empty"), "{error}");
     assert!(model.generate(&[VOCABULARY as u32], 4, &default, None, |_| true).is_err());
+
+    let error = Generator::in_chunks(&model, &[1], 0).err().unwrap().to_string();
+    assert!(error.contains("chunk = 0"), "{error}");
+    assert!(Generator::in_chunks(&model, &[1, 2, VOCABULARY as u32], 2).is_err());
 
     let mut generator = Generator::new(&model, &[1, 2]).unwrap();
     let before = generator.logits().to_vec();

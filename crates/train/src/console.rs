@@ -23,8 +23,10 @@ fn step_line(metrics: &TrainMetrics, flops_per_second: f64) -> String {
     };
     let mfu = metrics.mfu.map_or("n/a".to_owned(), |mfu| format!("{:.1}%", 100.0 * mfu));
     let memory = metrics.peak_memory_bytes.unwrap_or(0) >> 20;
+    let skipped =
+        metrics.tiles_skipped.map_or(String::new(), |share| format!("  {:.1}% of tiles skipped", 100.0 * share));
     format!(
-        "step {:>6}  loss {:.4}  norm {:.3}  lr {:.2e}  {:>7.0} tok/s{each}  {time}  {rate}  MFU {mfu}  {memory} MiB",
+        "step {:>6}  loss {:.4}  norm {:.3}  lr {:.2e}  {:>7.0} tok/s{each}  {time}  {rate}  MFU {mfu}  {memory} MiB{skipped}",
         metrics.step, metrics.loss, metrics.grad_norm, metrics.learning_rate, metrics.tokens_per_second,
     )
 }
@@ -114,6 +116,7 @@ mod tests {
             tokens_seen: 0,
             mfu: None,
             peak_memory_bytes: Some(5 << 20),
+            tiles_skipped: None,
         };
         let line = step_line(&metrics, 4e10);
         assert_eq!(
@@ -127,5 +130,7 @@ mod tests {
         let line = step_line(&metrics, 4.5e14);
         assert!(line.contains("2346 tok/s (1173 on each of 2)"), "{line}");
         assert!(line.contains("200.4 ms (host 31.2, exposed communication 1.3)"), "{line}");
+        metrics.tiles_skipped = Some(0.4312);
+        assert!(step_line(&metrics, 4.5e14).ends_with("  5 MiB  43.1% of tiles skipped"));
     }
 }

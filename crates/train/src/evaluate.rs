@@ -76,7 +76,7 @@ impl BatchTensors {
 }
 
 /// Tokens that go through the model at once in an evaluation, unless one window is longer.
-const TOKENS_AT_ONCE: usize = 8192;
+pub(crate) const TOKENS_AT_ONCE: usize = 8192;
 
 /// The loss on a fixed sample of `max_tokens` tokens, spread over the stream (or on the whole stream), in windows of the
 /// loader's length; `None` if `stop` was set meanwhile.
@@ -130,7 +130,7 @@ pub fn shared_loss(
 
 type Batches<'a> = Box<dyn Iterator<Item = crate::data::Result<Batch>> + 'a>;
 
-fn windows_at_once(loader: &Loader) -> usize {
+pub(crate) fn windows_at_once(loader: &Loader) -> usize {
     (TOKENS_AT_ONCE / loader.sequence_length()).max(1)
 }
 

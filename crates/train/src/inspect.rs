@@ -1,6 +1,8 @@
 //! How far the stick reaches and where the heads look, as the report shows it.
 
-use crate::metrics::{AttentionHead, AttentionMap, AttentionMetrics};
+use crate::data::Loader;
+use crate::evaluate::{BatchTensors, TOKENS_AT_ONCE, windows_at_once};
+use crate::metrics::{AttentionHead, AttentionMap, AttentionMetrics, TilesMetrics};
 use anyhow::Result;
 use stickbreak_model::Transformer;
 use stickbreak_tensor::Tensor;
@@ -33,6 +35,20 @@ pub fn attention_metrics(model: &Transformer, ids: &Tensor, step: u64) -> Result
         }
     }
     Ok(Some(AttentionMetrics { step, context: ids.elements(), heads }))
+}
+
+/// What early exit leaves out of each head's tiles on some windows spread over a text; `None` if it is off, and for a
+/// softmax model.
+///
+/// # Errors
+/// If tokens cannot be read or the model cannot run.
+pub fn tiles_metrics(model: &Transformer, text: &Loader, step: u64) -> Result<Option<TilesMetrics>> {
+    let context = text.sequence_length();
+    let mut batches = text.spread(windows_at_once(text), context, TOKENS_AT_ONCE as u64)?;
+    let Some(batch) = batches.next().transpose()? else { return Ok(None) };
+    let BatchTensors { ids, packing, .. } = BatchTensors::new(&batch, model.device())?;
+    let skipped = model.skipped_tiles(&ids, &packing)?;
+    Ok(skipped.map(|skipped| TilesMetrics { step, tokens: batch.ids.len(), context, skipped }))
 }
 
 /// Mean distance from query to key, weighted by attention.

@@ -20,6 +20,7 @@ pub mod distributed;
 pub mod doctor;
 pub mod evaluate;
 pub mod inspect;
+mod load;
 pub mod metrics;
 pub mod mfu;
 mod nvtx;

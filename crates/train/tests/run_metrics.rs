@@ -23,6 +23,7 @@ fn train(step: u64) -> Record {
         tokens_seen: step * 4096,
         mfu: None,
         peak_memory_bytes: Some(1 << 30),
+        tiles_skipped: None,
     })
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use stickbreak_train::metrics::{
     AttentionHead, AttentionMap, AttentionMetrics, LengthMetrics, MemoryMetrics, PositionLoss, Record, RunMetrics,
-    SampleMetrics, TrainMetrics, ValidMetrics,
+    SampleMetrics, TilesMetrics, TrainMetrics, ValidMetrics,
 };
 use stickbreak_train::report::{ChartLabels, Scale, Series, line_chart_svg, write_report};
 
@@ -51,6 +51,12 @@ fn attention() -> AttentionMetrics {
     AttentionMetrics { step: STEPS, context: TRAINED, heads }
 }
 
+fn tiles(step: u64) -> TilesMetrics {
+    let share = |layer: u64, head: u64| (0.95 - step as f64 / 4000.0 * noise(layer * 4 + head)).clamp(0.0, 1.0);
+    let skipped = (0..4).map(|layer| (0..4).map(|head| share(layer, head)).collect()).collect();
+    TilesMetrics { step, tokens: 8192, context: TRAINED, skipped }
+}
+
 /// A run as the loop would leave it, resumed once.
 fn write_run(folder: &std::path::Path) {
     let mut stop = 1300;
@@ -74,6 +80,7 @@ fn write_run(folder: &std::path::Path) {
                 tokens_seen: step * 4096,
                 mfu: Some(0.31 + 0.02 * noise(step + 5)),
                 peak_memory_bytes: Some(734_003_200),
+                tiles_skipped: step.is_multiple_of(10).then(|| 0.9 - 0.4 * progress + 0.02 * noise(step + 3)),
             };
             metrics.append(&Record::Train(record)).unwrap();
             if step % 200 == 0 {
@@ -81,6 +88,9 @@ fn write_run(folder: &std::path::Path) {
                 let bits_per_byte = Some(loss / std::f64::consts::LN_2);
                 let valid = ValidMetrics { step, loss, perplexity: loss.exp(), bits_per_byte, tokens: 65_536 };
                 metrics.append(&Record::Valid(valid)).unwrap();
+            }
+            if step % 200 == 0 {
+                metrics.append(&Record::Tiles(tiles(step))).unwrap();
             }
             if step % 1000 == 0 {
                 let text = "<'a, T>(items: &'a [T]) -> Option<&'a T> {\n    items.iter().max()\n}\n</pre><script>alert(1)</script>\u{0} & so on";
@@ -149,7 +159,15 @@ fn a_full_run_gives_a_whole_page() {
     assert!(!html.contains("NaN") && !html.contains(">inf"), "no number is shown that is none");
     let addresses = html.replace("http://www.w3.org/2000/svg", "");
     assert!(!addresses.contains("http") && !addresses.contains("src="), "the page needs no network");
-    for text in ["Training and validation loss", "trained length", "layer 3, head 3", "Bits per byte", "Step 1000"] {
+    for text in [
+        "Training and validation loss",
+        "trained length",
+        "layer 3, head 3",
+        "Bits per byte",
+        "Step 1000",
+        "Share of the causal tiles skipped",
+        "Skipped by each head at step 2000, on 8192 held-out tokens in windows of 512",
+    ] {
         assert!(html.contains(text), "{text}");
     }
     assert!(html.len() < 1_500_000, "{} bytes", html.len());
@@ -191,6 +209,7 @@ fn numbers_that_are_none_do_not_break_the_page() {
             tokens_seen: 0,
             mfu: None,
             peak_memory_bytes: None,
+            tiles_skipped: Some(f64::NAN),
         };
         metrics.append(&Record::Train(train)).unwrap();
     }
@@ -200,6 +219,10 @@ fn numbers_that_are_none_do_not_break_the_page() {
     let map = Some(AttentionMap { size: 0, weights: vec![f32::NAN; 3] });
     let heads = vec![AttentionHead { layer: 0, head: 2, tiles_visited: f64::NAN, mean_reach: f64::NAN, map }];
     metrics.append(&Record::Attention(AttentionMetrics { step: 3, context: 0, heads })).unwrap();
+    for skipped in [vec![], vec![vec![f64::NAN]]] {
+        let tiles = TilesMetrics { step: 3, tokens: 0, context: 0, skipped };
+        metrics.append(&Record::Tiles(tiles)).unwrap();
+    }
     let length = LengthMetrics { step: 3, trained_length: 0, lengths: vec![], loss: vec![], loss_by_position: vec![] };
     metrics.append(&Record::Length(length)).unwrap();
     let html = fs::read_to_string(write_report(folder.path()).unwrap()).unwrap();

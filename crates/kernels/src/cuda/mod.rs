@@ -52,6 +52,7 @@ pub fn all_sources(architecture: &str) -> Vec<Source> {
         crate::attention::f32_cuda::sources(),
         crate::attention::softmax::cuda::sources(),
         crate::attention::stick_breaking::cuda::sources(),
+        crate::attention::stick_breaking::tiles_cuda::sources(),
         crate::attention::decode_cuda::sources(),
     ];
     let hopper = if architecture == HOPPER { crate::attention::stick_breaking::hopper::sources() } else { Vec::new() };

@@ -9,16 +9,15 @@ use crate::{DType, Device, Result, Tensor, TensorError};
 use plans::PlanCache;
 use std::sync::Arc;
 use stickbreak_kernels::KernelError;
-use stickbreak_kernels::attention::decode::{DecodeInputs, DecodeLayout};
-use stickbreak_kernels::attention::softmax::decode::SoftmaxDecodeSpec;
 use stickbreak_kernels::attention::softmax::{self, SoftmaxSpec};
-use stickbreak_kernels::attention::stick_breaking::decode::StickBreakingDecodeSpec;
 use stickbreak_kernels::attention::stick_breaking::{self, StickBreakingOutputs, StickBreakingSpec};
 use stickbreak_kernels::attention::{AttentionGradients, AttentionInputs, AttentionLayout};
 use stickbreak_kernels::cuda::Queue;
 
+pub use decode::{softmax_decode, stick_breaking_decode, stick_breaking_extend};
 pub use stickbreak_kernels::attention::softmax::alibi_slopes;
 
+mod decode;
 mod plans;
 
 /// What the backward pass of stick-breaking attention needs of the forward pass besides its inputs.
@@ -36,19 +35,20 @@ pub enum StickBreakingSaved {
 }
 
 impl StickBreakingSaved {
-    /// For each query head how many (query tile, key tile) pairs the forward pass visited, and how many of one head hold a
-    /// visible key. Waits for the device.
+    /// How many tiles the forward pass visited; nobody waits for it.
     ///
     /// # Errors
     /// If the device fails, or nothing was saved.
-    pub fn visited_tiles(&self) -> Result<(Vec<u64>, u64)> {
-        match self {
-            Self::Cpu(saved) => Ok((saved.visited_tiles().to_vec(), saved.causal_tiles())),
+    pub fn count_tiles(&self) -> Result<TileCount> {
+        Ok(match self {
+            Self::Cpu(saved) => {
+                TileCount::Cpu { visited: saved.visited_tiles().to_vec(), causal: saved.causal_tiles() }
+            }
             Self::Cuda { saved, ordinal } => {
                 let saved = saved.as_ref().ok_or_else(nothing_saved)?;
-                Ok(saved.visited_tiles(&crate::cuda::queue(*ordinal)?)?)
+                TileCount::Cuda { count: saved.count_tiles(&crate::cuda::queue(*ordinal)?)?, ordinal: *ordinal }
             }
-        }
+        })
     }
 
     /// The type in which the remainder and its gradient are computed, for inputs of a type.
@@ -58,7 +58,52 @@ impl StickBreakingSaved {
 }
 
 fn nothing_saved() -> TensorError {
-    KernelError::size("stick_breaking_attention_backward", "the forward pass", "run with `backward`", "without").into()
+    KernelError::size("stick_breaking_attention", "the forward pass", "run with `backward`", "without").into()
+}
+
+/// How many tiles a forward pass visited; on a CUDA device until it is read. Smaller than what the pass saved, and
+/// independent of it.
+#[derive(Debug)]
+pub enum TileCount {
+    /// On the CPU.
+    Cpu {
+        /// For each query head the (query tile, key tile) pairs visited.
+        visited: Vec<u64>,
+        /// Those of one head that hold a visible key.
+        causal: u64,
+    },
+    /// On a CUDA device.
+    Cuda {
+        /// One number a head, in device memory.
+        count: stick_breaking::tiles_cuda::TileCount,
+        /// The device's number.
+        ordinal: usize,
+    },
+}
+
+impl TileCount {
+    /// For each query head how many (query tile, key tile) pairs were visited, and how many of one head hold a visible key.
+    /// Waits for the device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn read(&self) -> Result<(Vec<u64>, u64)> {
+        match self {
+            Self::Cpu { visited, causal } => Ok((visited.clone(), *causal)),
+            Self::Cuda { count, ordinal } => Ok(count.read(&crate::cuda::queue(*ordinal)?)?),
+        }
+    }
+
+    /// For each query head the share of the tiles that early exit left out, 0 to 1; 0 where no key is visible at all.
+    /// Waits for the device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn skipped(&self) -> Result<Vec<f64>> {
+        let (visited, causal) = self.read()?;
+        let share = |visited: u64| if causal == 0 { 0.0 } else { (causal - visited) as f64 / causal as f64 };
+        Ok(visited.into_iter().map(share).collect())
+    }
 }
 
 /// What a forward pass of stick-breaking attention is asked for besides output and remainder.
@@ -394,103 +439,4 @@ pub fn stick_breaking_weights(q: &Tensor, k: &Tensor, settings: StickBreakingSet
         }
         Tensor::from_vec(weights, [query_heads, tokens, tokens])
     })
-}
-
-/// One query token against a cache: what both attentions' decode steps share.
-struct DecodeOperands {
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    layout: DecodeLayout,
-}
-
-impl DecodeOperands {
-    fn new(op: &'static str, q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Self> {
-        let (&[1, query_heads, head_dim], &[capacity, kv_heads, _]) = (&q.shape()[..], &keys.shape()[..]) else {
-            let why = "q must be [1, heads, head_dim] and the cache [tokens, kv_heads, head_dim]".into();
-            return Err(TensorError::ShapePair { op, left: q.shape().clone(), right: keys.shape().clone(), why });
-        };
-        for (argument, tensor) in [("keys", keys), ("values", values)] {
-            same_dtype(op, argument, q.dtype(), tensor)?;
-            same_device(op, argument, q, tensor)?;
-            expect_shape(op, argument, tensor, &[capacity, kv_heads, head_dim])?;
-        }
-        let (q, keys, values) = (q.contiguous()?, keys.contiguous()?, values.contiguous()?);
-        Ok(Self { q, keys, values, layout: DecodeLayout::contiguous(1, capacity, query_heads, kv_heads, head_dim) })
-    }
-}
-
-/// One decoding step: q `[1, Hq, D]` against keys and values `[L, Hkv, D]`, whose last row is the query's own token.
-/// Returns o `[1, Hq, D]` and rem `[1, Hq]`.
-///
-/// # Errors
-/// If shapes or dtypes do not fit.
-pub fn stick_breaking_decode(
-    q: &Tensor,
-    keys: &Tensor,
-    values: &Tensor,
-    settings: StickBreakingSettings,
-) -> Result<(Tensor, Tensor)> {
-    const OP: &str = "stick_breaking_decode";
-    let operands = DecodeOperands::new(OP, q, keys, values)?;
-    let DecodeLayout { capacity, query_heads, .. } = operands.layout;
-    let visible = if settings.attend_current { capacity } else { capacity.saturating_sub(1) };
-    let spec = StickBreakingDecodeSpec {
-        layout: operands.layout,
-        scale: settings.scale,
-        early_exit_bits: settings.early_exit_bits,
-    };
-    let (o, rem) = (q.new_empty(q.shape(), q.dtype())?, q.new_empty([1, query_heads], statistics(q.dtype()))?);
-    if let Some(queue) = q.queue() {
-        let lengths = queue.upload(&[visible as i32])?;
-        stick_breaking::decode_cuda::decode(
-            queue,
-            &spec,
-            operands.q.device_ref(),
-            operands.keys.device_ref(),
-            operands.values.device_ref(),
-            lengths.as_ref(),
-            &mut o.device_mut(),
-            &mut rem.device_mut(),
-        )?;
-        return Ok((o, rem));
-    }
-    for_float!(OP, q.dtype(), T => {
-        let (q, k, v) = (operands.q.read::<T>()?, operands.keys.read::<T>()?, operands.values.read::<T>()?);
-        let inputs = DecodeInputs { q: &q, k: &k, v: &v, lengths: &[visible as i32] };
-        let (mut o, mut rem) = (o.expect_write::<T>(), rem.expect_write::<T>());
-        Ok(stick_breaking::decode::decode(&spec, &inputs, &mut o, &mut rem)?)
-    })?;
-    Ok((o, rem))
-}
-
-/// One decoding step of softmax attention: as [`stick_breaking_decode`], but the query sees its own token too.
-///
-/// # Errors
-/// If shapes or dtypes do not fit.
-pub fn softmax_decode(q: &Tensor, keys: &Tensor, values: &Tensor, settings: &SoftmaxSettings) -> Result<Tensor> {
-    const OP: &str = "softmax_decode";
-    let operands = DecodeOperands::new(OP, q, keys, values)?;
-    let alibi = settings.alibi_slopes.clone();
-    let spec = SoftmaxDecodeSpec { layout: operands.layout, scale: settings.scale, alibi };
-    let o = q.new_empty(q.shape(), q.dtype())?;
-    if let Some(queue) = q.queue() {
-        let lengths = queue.upload(&[operands.layout.capacity as i32])?;
-        softmax::decode_cuda::decode(
-            queue,
-            &spec,
-            operands.q.device_ref(),
-            operands.keys.device_ref(),
-            operands.values.device_ref(),
-            lengths.as_ref(),
-            &mut o.device_mut(),
-        )?;
-        return Ok(o);
-    }
-    for_float!(OP, q.dtype(), T => {
-        let (q, k, v) = (operands.q.read::<T>()?, operands.keys.read::<T>()?, operands.values.read::<T>()?);
-        let inputs = DecodeInputs { q: &q, k: &k, v: &v, lengths: &[operands.layout.capacity as i32] };
-        Ok(softmax::decode::decode(&spec, &inputs, &mut o.expect_write::<T>())?)
-    })?;
-    Ok(o)
 }

@@ -1,7 +1,8 @@
 //! Matrix products: the machine's peak, and the shapes of a model's step. Weight gradients are added (beta = 1), on a GPU
 //! to float32.
 
-use super::{Row, Settings, random, time};
+use super::row::Row;
+use super::{Settings, random, time};
 use anyhow::Result;
 use stickbreak_tensor::{DType, Device, Tensor};
 

@@ -1,7 +1,8 @@
 //! Whole training steps (forward, backward, clipping, AdamW) of models that fill a card, in bf16 with float32 master
 //! weights, on random tokens that are different in every step. Untrained: see [`super`] on early exit.
 
-use super::{Row, Settings, StepFigures, WARM_UP, median};
+use super::row::{Row, StepFigures};
+use super::{Seconds, Settings, median};
 use crate::config::OptimizerConfig;
 use crate::data::Batch;
 use crate::device;
@@ -15,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::time::Instant;
 use stickbreak_model::{AttentionKind, ModelConfig, Transformer, count};
-use stickbreak_tensor::DType;
+use stickbreak_tensor::{DType, Device};
 
 /// A model and its batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -83,39 +84,80 @@ fn measure_one(
 ) -> Result<Row> {
     let gpu = settings.device;
     device::prepare_kernels(config, DType::BF16, gpu, |line| eprintln!("{line}"))?;
-    if let Some(queue) = device::queue(gpu)? {
-        queue.gpu().reset_peak_memory()?;
-    }
     let model = Transformer::new_on(config.clone(), DType::BF16, gpu)?;
     model.initialise(1)?;
     let optimizer = Optimizer::new(OptimizerConfig::default(), &model)?;
-    let tokens = sequences * length;
     let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let next = || Ok(vec![random_batch(&mut rng, config.vocab_size as u32, sequences, length)]);
+    let times = time_steps(settings, &model, &optimizer, (1e-4, false), &name, next)?;
+    Ok(times.row(name, format!("{sequences} x {length} tokens")))
+}
+
+/// What was measured of a model's steps.
+pub(super) struct StepTimes {
+    wall: Seconds,
+    /// Of each step.
+    tokens: usize,
+    flops: f64,
+    /// On a GPU.
+    figures: Option<StepFigures>,
+    /// Mean over the timed steps, in nats per predicted token.
+    pub(super) loss: f64,
+}
+
+/// Times steps, each over the micro-batches that `next` gives.
+pub(super) fn time_steps(
+    settings: &Settings,
+    model: &Transformer,
+    optimizer: &Optimizer,
+    (learning_rate, recompute): (f64, bool),
+    name: &str,
+    mut next: impl FnMut() -> Result<Vec<Batch>>,
+) -> Result<StepTimes> {
+    let device = settings.device;
+    if let Some(queue) = device::queue(device)? {
+        queue.gpu().reset_peak_memory()?;
+    }
     let (mut wall, mut on_device, mut on_host) = (Vec::new(), Vec::new(), Vec::new());
-    for number in 1..=(WARM_UP + settings.repeats) as u64 {
-        let batch = random_batch(&mut rng, config.vocab_size as u32, sequences, length);
-        let step = StepSettings { number, learning_rate: 1e-4, loss_scale: 1.0 / tokens as f64, recompute: false };
+    let (mut loss, mut tokens, mut flops) = (0.0, 0, 0.0);
+    for number in 1..=(settings.warm_up + settings.repeats) as u64 {
+        let batches = next()?;
+        let predicted: usize = batches.iter().map(|batch| batch.valid_tokens).sum();
+        let step = StepSettings { number, learning_rate, loss_scale: 1.0 / predicted.max(1) as f64, recompute };
         let started = Instant::now();
-        let outcome = take_step(&model, &optimizer, [BatchTensors::new(&batch, gpu)], &step, no_notes)?;
+        let tensors = batches.iter().map(|batch| BatchTensors::new(batch, device));
+        let outcome = take_step(model, optimizer, tensors, &step, no_notes)?;
         let seconds = started.elapsed().as_secs_f64();
         ensure!(outcome.is_finite(), "{name}: step {number} has a loss of {}", outcome.loss);
-        if number > WARM_UP as u64 {
+        if number > settings.warm_up as u64 {
             wall.push(seconds);
             on_device.extend(outcome.device_milliseconds);
             on_host.extend(outcome.host_milliseconds);
+            loss += outcome.loss / settings.repeats as f64;
         }
+        tokens = batches.iter().map(|batch| batch.ids.len()).sum();
+        let squared =
+            |batch: &Batch| -> f64 { batch.cu_seqlens.windows(2).map(|w| f64::from(w[1] - w[0]).powi(2)).sum() };
+        flops = count::training_flops(model.config(), tokens, batches.iter().map(squared).sum());
     }
-    let flops = count::training_flops(config, tokens, (sequences * length * length) as f64);
-    let seconds = (median(&mut wall), wall[0]);
-    let mut row = Row::new("train", name, format!("{sequences} x {length} tokens"), seconds, flops, Some(tokens));
-    let peak = device::gpu_name(gpu).and_then(|name| mfu::peak_flops(&name));
-    row.step = Some(StepFigures {
-        mfu: mfu::utilisation(flops, seconds.0, peak),
-        host_milliseconds: median(&mut on_host),
-        device_milliseconds: median(&mut on_device),
-        peak_memory_bytes: gpu.memory_use()?.peak as u64,
-    });
-    Ok(row)
+    let wall = (median(&mut wall), wall[0]);
+    let peak = device::gpu_name(device).and_then(|name| mfu::peak_flops(&name));
+    let figures = match device {
+        Device::Cpu => None,
+        Device::Cuda(_) => Some(StepFigures {
+            mfu: mfu::utilisation(flops, wall.0, peak),
+            host_milliseconds: median(&mut on_host),
+            device_milliseconds: median(&mut on_device),
+            peak_memory_bytes: device.memory_use()?.peak as u64,
+        }),
+    };
+    Ok(StepTimes { wall, tokens, flops, figures, loss })
+}
+
+impl StepTimes {
+    pub(super) fn row(&self, name: String, shape: String) -> Row {
+        Row { step: self.figures, ..Row::new("train", name, shape, self.wall, self.flops, Some(self.tokens)) }
+    }
 }
 
 /// Sequences of random tokens, one document each; every token but the last of each predicts its successor.

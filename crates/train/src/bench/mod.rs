@@ -2,27 +2,47 @@
 //!
 //! On a CPU times are wall times; on a GPU they are the device's own, after a warm-up. Inputs are random with a fixed
 //! seed. Figures with early exit on random data flatter: the stick is used up after some dozens of keys there, a trained
-//! model skips less. "dense" is early exit off.
+//! model skips less. "dense" is early exit off. `--from RUN` measures attention, decoding and training steps on a trained
+//! model and its text instead.
 
 mod attention;
+mod captured;
+mod decode;
 mod gemm;
 mod gpu_step;
+mod peers;
+mod row;
 mod step;
+mod trained;
+mod trained_step;
 
 use crate::device::{self, DeviceOption};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use gpu_step::Shape;
-use serde::Serialize;
+use row::Row;
 use std::path::PathBuf;
 use std::time::Instant;
 use stickbreak_tensor::{DType, Device, Tensor};
+use trained::Trained;
 
 /// What to time.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
-    /// One part; default: all of them.
+    /// One part; default: all of them, or with --from all that a trained model changes.
     part: Option<Part>,
+    /// Measure on this run's trained weights and held-out text: attention on its q, k and v, decoding, its training step.
+    #[arg(long, value_name = "RUN")]
+    from: Option<PathBuf>,
+    /// With --from, another text: a file, or a folder that `prepare` wrote (its validation split).
+    #[arg(long, value_name = "TEXT", requires = "from")]
+    data: Option<PathBuf>,
+    /// Context lengths of decoding, and with --from of attention, separated by commas.
+    #[arg(long, value_delimiter = ',')]
+    lengths: Option<Vec<usize>>,
+    /// Time other implementations of attention beside ours, by `python3` if it has PyTorch.
+    #[arg(long)]
+    peers: bool,
     /// On a GPU, one training shape; default: all of them.
     #[arg(long, value_enum)]
     shape: Option<Shape>,
@@ -32,7 +52,7 @@ pub struct BenchArgs {
     /// Also write the figures to this file.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Repetitions of each measurement, of which the median counts; default: 5 on a CPU, 20 on a GPU.
+    /// Repetitions of each measurement, of which the median counts; default: 5 on a CPU and with --from, else 20.
     #[arg(long)]
     repeats: Option<usize>,
     #[command(flatten)]
@@ -44,47 +64,28 @@ pub struct BenchArgs {
 pub enum Part {
     /// Attention, forward and backward.
     Attention,
+    /// One query against a cache of keys and values.
+    Decode,
     /// A whole training step.
     Train,
     /// Matrix products.
     Gemm,
 }
 
-/// One measurement.
-#[derive(Debug, Clone, Serialize)]
-struct Row {
-    part: &'static str,
-    name: String,
-    shape: String,
-    /// Median over the repetitions.
-    milliseconds: f64,
-    /// Fastest repetition.
-    fastest_milliseconds: f64,
-    /// Rate of useful arithmetic; attention is counted causal-half, its backward as 2.5 forwards.
-    gflops_per_second: f64,
-    /// Where it means something.
-    tokens_per_second: Option<f64>,
-    /// Of a training step on a GPU.
-    #[serde(flatten)]
-    step: Option<StepFigures>,
-}
-
-/// What a training step on a GPU shows beside its time.
-#[derive(Debug, Clone, Copy, Serialize)]
-struct StepFigures {
-    mfu: Option<f64>,
-    host_milliseconds: f64,
-    device_milliseconds: f64,
-    peak_memory_bytes: u64,
-}
+/// Median and minimum of times, in seconds.
+type Seconds = (f64, f64);
 
 /// What every part is told.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Settings {
     device: Device,
+    /// Runs before those that are timed.
+    warm_up: usize,
     repeats: usize,
     dense_only: bool,
     shape: Option<Shape>,
+    lengths: Option<Vec<usize>>,
+    peers: bool,
 }
 
 /// Runs the parts and prints a table.
@@ -97,30 +98,26 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if args.shape.is_some() && !gpu {
         bail!("--shape chooses among the GPU's training shapes, and the device is {device}");
     }
-    let repeats = args.repeats.unwrap_or(if gpu { 20 } else { 5 }).max(1);
-    let settings = Settings { device, repeats, dense_only: args.dense, shape: args.shape };
+    if args.from.is_some() && (args.part == Some(Part::Gemm) || args.shape.is_some()) {
+        bail!("--from measures a trained model: leave out --shape, and gemm, which no weights change");
+    }
+    if args.lengths.is_some() && args.from.is_none() && args.part != Some(Part::Decode) {
+        bail!("--lengths are those of `bench decode`, or with --from RUN those of its text");
+    }
+    let repeats = args.repeats.unwrap_or(if gpu && args.from.is_none() { 20 } else { 5 }).max(1);
+    let warm_up = if gpu && args.from.is_none() { WARM_UP } else { 1 };
+    let (lengths, dense_only) = (args.lengths.clone(), args.dense);
+    let settings = Settings { device, warm_up, repeats, dense_only, shape: args.shape, lengths, peers: args.peers };
     match device::gpu_name(device) {
         Some(name) => println!("{name}, bf16, device time, median of {repeats}"),
         None => println!("{} threads, f32, median of {repeats}", rayon::current_num_threads()),
     }
-    println!(
-        "{:<10} {:<44} {:<28} {:>9} {:>9} {:>9} {:>9}",
-        "part",
-        "what",
-        "shape",
-        "ms",
-        "best ms",
-        if gpu { "TFLOP/s" } else { "GFLOP/s" },
-        "tok/s"
-    );
+    let trained = args.from.as_deref().map(|run| Trained::open(run, args.data.as_deref(), device)).transpose()?;
+    println!("{}", Row::header(gpu));
     let mut rows = Vec::new();
-    for (part, measure) in [
-        (Part::Gemm, gemm::measure as fn(&Settings, &mut dyn FnMut(Row)) -> Result<()>),
-        (Part::Attention, attention::measure),
-        (Part::Train, if gpu { gpu_step::measure } else { step::measure }),
-    ] {
+    for part in [Part::Gemm, Part::Attention, Part::Decode, Part::Train] {
         if args.part.is_none_or(|wanted| wanted == part) {
-            measure(&settings, &mut |row| {
+            measure(part, &settings, trained.as_ref(), &mut |row| {
                 println!("{}", row.line(gpu));
                 rows.push(row);
             })?;
@@ -133,55 +130,27 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     Ok(())
 }
 
-impl Row {
-    fn new(
-        part: &'static str,
-        name: impl Into<String>,
-        shape: impl Into<String>,
-        (median, fastest): (f64, f64),
-        flops: f64,
-        tokens: Option<usize>,
-    ) -> Self {
-        Self {
-            part,
-            name: name.into(),
-            shape: shape.into(),
-            milliseconds: 1e3 * median,
-            fastest_milliseconds: 1e3 * fastest,
-            gflops_per_second: flops / median / 1e9,
-            tokens_per_second: tokens.map(|tokens| tokens as f64 / median),
-            step: None,
-        }
-    }
-
-    /// A line of the table.
-    fn line(&self, gpu: bool) -> String {
-        let tokens = self.tokens_per_second.map_or(String::new(), |rate| format!("{rate:.0}"));
-        let rate = if gpu { self.gflops_per_second / 1e3 } else { self.gflops_per_second };
-        let Self { part, name, shape, milliseconds, fastest_milliseconds, .. } = self;
-        let mut line = format!(
-            "{part:<10} {name:<44} {shape:<28} {milliseconds:>9.3} {fastest_milliseconds:>9.3} {rate:>9.1} {tokens:>9}"
-        );
-        if let Some(step) = self.step {
-            let mfu = step.mfu.map_or("n/a".to_owned(), |mfu| format!("{:.1}%", 100.0 * mfu));
-            line += &format!(
-                "  MFU {mfu}, host {:.1} ms, device {:.1} ms, peak {:.1} GiB",
-                step.host_milliseconds,
-                step.device_milliseconds,
-                step.peak_memory_bytes as f64 / (1u64 << 30) as f64
-            );
-        }
-        line
+fn measure(part: Part, settings: &Settings, trained: Option<&Trained>, each: &mut dyn FnMut(Row)) -> Result<()> {
+    match (part, trained) {
+        // No weights change it.
+        (Part::Gemm, Some(_)) => Ok(()),
+        (Part::Gemm, None) => gemm::measure(settings, each),
+        (Part::Attention, Some(trained)) => captured::measure(settings, trained, each),
+        (Part::Attention, None) => attention::measure(settings, each),
+        (Part::Decode, trained) => decode::measure(settings, trained, each),
+        (Part::Train, Some(trained)) => trained_step::measure(settings, trained, each),
+        (Part::Train, None) if settings.device == Device::Cpu => step::measure(settings, each),
+        (Part::Train, None) => gpu_step::measure(settings, each),
     }
 }
 
-/// Runs of `body` that warm up before it is timed.
+/// Runs that warm up on a GPU, unless the measurement is a long one.
 const WARM_UP: usize = 3;
 
 /// Median and minimum of the seconds that `body` takes on a device.
-fn time(settings: &Settings, mut body: impl FnMut() -> Result<()>) -> Result<(f64, f64)> {
+fn time(settings: &Settings, mut body: impl FnMut() -> Result<()>) -> Result<Seconds> {
     let queue = device::queue(settings.device)?;
-    for _ in 0..if queue.is_some() { WARM_UP } else { 1 } {
+    for _ in 0..settings.warm_up {
         body()?;
     }
     let mut seconds = Vec::with_capacity(settings.repeats);
@@ -230,19 +199,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_of_a_gpu_step_has_all_its_figures() {
-        let mut row = Row::new("train", "dense", "16 x 2048 tokens", (0.25, 0.2), 1e14, Some(32768));
-        assert!(row.line(true).contains("400.0") && row.line(true).contains("131072"), "{}", row.line(true));
-        row.step = Some(StepFigures {
-            mfu: Some(0.404),
-            host_milliseconds: 40.0,
-            device_milliseconds: 249.0,
-            peak_memory_bytes: 3 << 30,
-        });
-        let line = row.line(true);
-        assert!(line.ends_with("MFU 40.4%, host 40.0 ms, device 249.0 ms, peak 3.0 GiB"), "{line}");
-        let json = serde_json::to_value(&row).unwrap();
-        assert_eq!(json["device_milliseconds"], 249.0);
+    fn the_median_is_in_the_middle() {
         assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&mut [4.0]), 4.0);
     }
 }

@@ -2,7 +2,8 @@
 //! feed-forward 704, 8 x 512 tokens. The step with early exit off is the one to compare with other stacks: at
 //! initialisation almost every tile could be skipped.
 
-use super::{Row, Settings, time};
+use super::row::Row;
+use super::{Settings, time};
 use crate::config::OptimizerConfig;
 use crate::evaluate::BatchTensors;
 use crate::optimizer::Optimizer;

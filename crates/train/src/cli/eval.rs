@@ -1,8 +1,8 @@
 //! `stickbreak eval`.
 
-use super::load::{ComputeOptions, LoadedModel};
-use crate::data::{Dataset, Loader, SplitName, TokenStream};
+use crate::data::Loader;
 use crate::evaluate;
+use crate::load::{ComputeOptions, LoadedModel};
 use crate::metrics::{LengthMetrics, Record, RunMetrics};
 use crate::signal::StopFlag;
 use anyhow::{Context, Result, bail};
@@ -40,7 +40,7 @@ const DEFAULT_LENGTH_TOKENS: u64 = 262_144;
 
 pub(super) fn run(args: EvalArgs) -> Result<()> {
     let loaded = LoadedModel::open(&args.model, args.compute)?;
-    let open = |length: usize| -> Result<Loader> { Ok(Loader::new(open_text(&args.data, &loaded)?, length, None)?) };
+    let open = |length: usize| -> Result<Loader> { Ok(Loader::new(loaded.open_text(&args.data)?, length, None)?) };
     let stop = StopFlag::on_signals()?;
     let interrupted = || bail!("interrupted");
     if !args.lengths.is_empty() {
@@ -69,22 +69,6 @@ pub(super) fn run(args: EvalArgs) -> Result<()> {
     println!("context {length}, {} predicted tokens of {}", metrics.tokens, args.data.display());
     println!("loss {:.4} nats, perplexity {:.3}, bits per byte {bits}", metrics.loss, metrics.perplexity);
     write_json(args.json.as_deref(), &metrics)
-}
-
-fn open_text(path: &Path, loaded: &LoadedModel) -> Result<TokenStream> {
-    let stream = if path.is_dir() {
-        let dataset = Dataset::open(path)?;
-        dataset.verify_checksums()?;
-        dataset.split(SplitName::Valid)?
-    } else {
-        let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        TokenStream::from_text(path.display().to_string(), &text, &loaded.tokenizer)?
-    };
-    let (ids, vocabulary) = (stream.vocabulary() as usize, loaded.model.config().vocab_size);
-    if ids > vocabulary {
-        bail!("{}: {ids} token ids, but the model has {vocabulary}", path.display());
-    }
-    Ok(stream)
 }
 
 fn print_lengths(metrics: &LengthMetrics) {

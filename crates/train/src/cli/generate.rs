@@ -1,6 +1,6 @@
 //! `stickbreak generate`.
 
-use super::load::{ComputeOptions, LoadedModel};
+use crate::load::{ComputeOptions, LoadedModel};
 use crate::signal::StopFlag;
 use anyhow::Result;
 use clap::Args;

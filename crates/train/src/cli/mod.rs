@@ -2,7 +2,6 @@
 
 mod eval;
 mod generate;
-mod load;
 mod prepare;
 mod train;
 

@@ -15,5 +15,5 @@ pub mod tensorboard;
 pub use log::{METRICS_NAME, MetricsError, MetricsLog, RunMetrics, read_records};
 pub use record::{
     AttentionHead, AttentionMap, AttentionMetrics, LengthMetrics, MemoryMetrics, PositionLoss, Record, SampleMetrics,
-    TrainMetrics, ValidMetrics,
+    TilesMetrics, TrainMetrics, ValidMetrics, mean_share,
 };

@@ -18,6 +18,8 @@ pub enum Record {
     Length(LengthMetrics),
     /// How far and where the heads look.
     Attention(AttentionMetrics),
+    /// Which tiles early exit leaves out.
+    Tiles(TilesMetrics),
     /// Where memory goes.
     Memory(MemoryMetrics),
     /// A kind of a later version.
@@ -34,6 +36,7 @@ impl Record {
             Self::Sample(_) => "sample",
             Self::Length(_) => "length",
             Self::Attention(_) => "attention",
+            Self::Tiles(_) => "tiles",
             Self::Memory(_) => "memory",
             Self::Unknown => "unknown",
         }
@@ -47,6 +50,7 @@ impl Record {
             Self::Sample(metrics) => metrics.step,
             Self::Length(metrics) => metrics.step,
             Self::Attention(metrics) => metrics.step,
+            Self::Tiles(metrics) => metrics.step,
             Self::Memory(metrics) => metrics.step,
             Self::Unknown => 0,
         }
@@ -94,6 +98,10 @@ pub struct TrainMetrics {
     /// Largest memory in use so far, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_memory_bytes: Option<u64>,
+    /// Share of the causal attention tiles that early exit left out in the last micro-batch of the leading rank, 0 to 1,
+    /// mean over layers and heads. Only of steps with a log line, and absent without early exit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tiles_skipped: Option<f64>,
 }
 
 /// Loss on a fixed number of held-out tokens.
@@ -183,6 +191,33 @@ pub struct AttentionHead {
     pub map: Option<AttentionMap>,
 }
 
+/// Which share of its causal tiles each head's early exit leaves out, as the model is configured, on held-out text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TilesMetrics {
+    /// Optimizer steps taken.
+    pub step: u64,
+    /// Tokens that were looked at.
+    pub tokens: usize,
+    /// Length of the windows of text, in tokens.
+    pub context: usize,
+    /// Shares by layer and query head, 0 to 1.
+    #[serde(deserialize_with = "nulls_in_rows_are_nan")]
+    pub skipped: Vec<Vec<f64>>,
+}
+
+impl TilesMetrics {
+    /// Mean over layers and heads, NaN if there are none.
+    pub fn mean(&self) -> f64 {
+        mean_share(&self.skipped)
+    }
+}
+
+/// Mean of shares by layer and head, whose layers have the same number of tiles.
+pub fn mean_share(shares: &[Vec<f64>]) -> f64 {
+    let (sum, count) = shares.iter().flatten().fold((0.0, 0.0), |(sum, count), share| (sum + share, count + 1.0));
+    sum / count
+}
+
 /// Attention weights, down-sampled to a small square.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AttentionMap {
@@ -208,6 +243,11 @@ pub struct MemoryMetrics {
 
 fn null_is_nan<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
+fn nulls_in_rows_are_nan<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<Vec<f64>>, D::Error> {
+    let rows: Vec<Vec<Option<f64>>> = Vec::deserialize(deserializer)?;
+    Ok(rows.into_iter().map(|row| row.into_iter().map(|value| value.unwrap_or(f64::NAN)).collect()).collect())
 }
 
 fn nulls_are_nan<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>

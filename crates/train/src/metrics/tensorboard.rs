@@ -96,6 +96,7 @@ impl EventWriter {
                 ("speed/exposed_milliseconds", train.exposed_milliseconds.unwrap_or(f64::NAN)),
                 ("speed/mfu", train.mfu.unwrap_or(f64::NAN)),
                 ("memory/peak_bytes", train.peak_memory_bytes.map_or(f64::NAN, |bytes| bytes as f64)),
+                ("train/tiles_skipped", train.tiles_skipped.unwrap_or(f64::NAN)),
             ]),
             Record::Valid(valid) => scalars(&[
                 ("valid/loss", valid.loss),
@@ -114,6 +115,14 @@ impl EventWriter {
                     (&format!("attention_tiles_visited/{name}"), head.tiles_visited),
                 ])
             }),
+            Record::Tiles(tiles) => {
+                scalars(&[("valid/tiles_skipped", tiles.mean())])?;
+                tiles.skipped.iter().enumerate().try_for_each(|(layer, heads)| {
+                    heads.iter().enumerate().try_for_each(|(head, &share)| {
+                        scalars(&[(&format!("attention_tiles_skipped/layer_{layer}_head_{head}"), share)])
+                    })
+                })
+            }
             Record::Memory(memory) => scalars(&[("memory/peak_bytes", memory.peak_bytes as f64)]),
             Record::Sample(sample) => {
                 // Indented by four spaces, text is shown as it is.

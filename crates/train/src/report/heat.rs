@@ -47,19 +47,19 @@ pub(super) fn maps(heads: &[AttentionHead]) -> String {
     html + "</div>"
 }
 
-/// A table of layers by heads. `value` is shown as `text` says on a ground whose strength is `strength`, 0 to 1.
+/// A table of layers by heads, from (layer, head, value). A value is shown as `text` says on a ground whose strength is
+/// `strength`, 0 to 1.
 pub(super) fn table(
     caption: &str,
-    heads: &[AttentionHead],
-    value: impl Fn(&AttentionHead) -> f64,
+    cells: impl IntoIterator<Item = (usize, usize, f64)>,
     text: impl Fn(f64) -> String,
     strength: impl Fn(f64) -> f64,
 ) -> String {
-    let columns = heads.iter().map(|head| head.head + 1).max().unwrap_or(0);
     let mut layers: BTreeMap<usize, BTreeMap<usize, f64>> = BTreeMap::new();
-    for head in heads {
-        layers.entry(head.layer).or_default().insert(head.head, value(head));
+    for (layer, head, value) in cells {
+        layers.entry(layer).or_default().insert(head, value);
     }
+    let columns = layers.values().filter_map(|row| row.last_key_value()).map(|(&head, _)| head + 1).max().unwrap_or(0);
     let mut html = format!("<div class=\"scroll\"><table class=\"heat\"><caption>{caption}</caption><tr><th></th>");
     for column in 0..columns {
         let _ = write!(html, "<th>head {column}</th>");
@@ -76,6 +76,11 @@ pub(super) fn table(
         html += "</tr>";
     }
     html + "</table></div>"
+}
+
+/// A share, 0 to 1.
+pub(super) fn percent(share: f64) -> String {
+    format!("{:.0}%", 100.0 * share)
 }
 
 /// Keys, short.

@@ -6,7 +6,8 @@ use super::chart::{ChartLabels, STYLE, Scale, Series, Size, VARIABLES, inline_sv
 use super::ticks::short_number;
 use super::{escape, heat};
 use crate::metrics::{
-    AttentionMetrics, LengthMetrics, MemoryMetrics, Record, SampleMetrics, TrainMetrics, ValidMetrics,
+    AttentionHead, AttentionMetrics, LengthMetrics, MemoryMetrics, Record, SampleMetrics, TilesMetrics, TrainMetrics,
+    ValidMetrics,
 };
 
 /// A chart as wide as the page, and one of a pair.
@@ -19,6 +20,7 @@ struct Run<'a> {
     train: Vec<&'a TrainMetrics>,
     valid: Vec<&'a ValidMetrics>,
     samples: Vec<&'a SampleMetrics>,
+    tiles: Vec<&'a TilesMetrics>,
     length: Option<&'a LengthMetrics>,
     attention: Option<&'a AttentionMetrics>,
     memory: Option<&'a MemoryMetrics>,
@@ -32,6 +34,7 @@ pub(super) fn render(name: &str, records: &[Record], config: Option<&str>) -> St
             Record::Train(metrics) => run.train.push(metrics),
             Record::Valid(metrics) => run.valid.push(metrics),
             Record::Sample(metrics) => run.samples.push(metrics),
+            Record::Tiles(metrics) => run.tiles.push(metrics),
             // Of these the newest says it all.
             Record::Length(metrics) => run.length = Some(metrics),
             Record::Attention(metrics) => run.attention = Some(metrics),
@@ -40,8 +43,16 @@ pub(super) fn render(name: &str, records: &[Record], config: Option<&str>) -> St
         }
     }
     let title = escape(name);
-    let sections =
-        [summary(&run), loss(&run), course(&run), length(&run), attention(&run), samples(&run), configuration(config)];
+    let sections = [
+        summary(&run),
+        loss(&run),
+        course(&run),
+        length(&run),
+        tiles(&run),
+        attention(&run),
+        samples(&run),
+        configuration(config),
+    ];
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n\
@@ -189,25 +200,66 @@ fn length(run: &Run<'_>) -> String {
     section("Length extrapolation", &(body + "</div>"))
 }
 
+fn tiles(run: &Run<'_>) -> String {
+    const TITLE: &str = "Skipped tiles";
+    let trained: Vec<(f64, f64)> = run
+        .train
+        .iter()
+        .filter_map(|train| train.tiles_skipped.map(|share| (train.step as f64, 100.0 * share)))
+        .collect();
+    let Some(last) = run.tiles.last() else {
+        let remedy = "<code>cargo xtask train</code> counts them; softmax and dense attention skip none.";
+        return section(TITLE, &missing("Not counted:", remedy));
+    };
+    let held_out: Vec<(f64, f64)> = run
+        .tiles
+        .iter()
+        .map(|tiles| (tiles.step as f64, 100.0 * tiles.mean()))
+        .filter(|(_, y)| y.is_finite())
+        .collect();
+    let mut series = smoothed("training", trained);
+    series.push(Series { name: "validation".to_owned(), dots: held_out.len() <= 40, points: held_out, faint: false });
+    series.retain(|series| !series.points.is_empty());
+    let mut body = String::from(
+        "<p>Once a head has used up its stick, all older keys are left out, forward and backward. What this saves of the \
+         causal square, in tiles of queries and keys:</p>",
+    );
+    if !series.is_empty() {
+        let labels = labels("Share of the causal tiles skipped, mean over all heads", "step", "%");
+        body += &card(&inline_svg(&series, &labels, WIDE));
+    }
+    let cells = last.skipped.iter().enumerate();
+    body += &heat::table(
+        &format!(
+            "Skipped by each head at step {}, on {} held-out tokens in windows of {}",
+            last.step, last.tokens, last.context
+        ),
+        cells.flat_map(|(layer, heads)| heads.iter().enumerate().map(move |(head, &share)| (layer, head, share))),
+        heat::percent,
+        |share| share,
+    );
+    section(TITLE, &body)
+}
+
 fn attention(run: &Run<'_>) -> String {
     let Some(attention) = run.attention.filter(|attention| !attention.heads.is_empty()) else {
         let remedy = "<code>cargo xtask train</code> looks into the heads at its end; softmax has no stick to show.";
         return section("Attention", &missing("Not measured yet:", remedy));
     };
     let context = attention.context as f64;
+    let cells =
+        |value: fn(&AttentionHead) -> f64| attention.heads.iter().map(move |head| (head.layer, head.head, value(head)));
     let mut body = format!("<p>One text of {} tokens at step {}.</p>", attention.context, attention.step);
     body += &heat::table(
         "How far the stick reaches: mean distance to the attended keys, in keys",
-        &attention.heads,
-        |head| head.mean_reach,
+        cells(|head| head.mean_reach),
         heat::keys,
         |reach| (1.0 + reach).ln() / (1.0 + context).ln(),
     );
     body += &heat::table(
-        "Tiles visited: share of the causal tiles that early exit leaves",
-        &attention.heads,
-        |head| head.tiles_visited,
-        |share| format!("{:.0}%", 100.0 * share),
+        "Tiles visited: share of the causal tiles that early exit at 2^-20 would leave",
+        cells(|head| head.tiles_visited),
+        heat::percent,
         |share| share,
     );
     if attention.heads.iter().any(|head| head.map.is_some()) {

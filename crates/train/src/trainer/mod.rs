@@ -21,7 +21,7 @@ use crate::distributed::Communicator;
 use crate::distributed::shards::ShardLayout;
 use crate::distributed::single::Single;
 use crate::evaluate::{self, BatchTensors};
-use crate::metrics::{MemoryMetrics, Record, RunMetrics, SampleMetrics, TrainMetrics};
+use crate::metrics::{MemoryMetrics, Record, RunMetrics, SampleMetrics, TrainMetrics, mean_share};
 use crate::mfu;
 use crate::optimizer::Optimizer;
 use crate::profile::{Profiler, range};
@@ -43,7 +43,7 @@ use stickbreak_tensor::{DType, Device};
 
 pub(crate) use memory::{NCCL_BYTES, available_memory, gpu_memory_terms};
 pub use snapshot::program_version;
-pub use text::{Text, tokenizer_choice};
+pub use text::{Text, held_out, tokenizer_choice};
 
 /// A run: model, optimizer, data, and their place in time.
 pub struct Trainer {
@@ -361,6 +361,8 @@ impl Trainer {
             let _upload = range("upload");
             BatchTensors::new(batch, self.device)
         });
+        let logged = self.leads() && (self.step + 1).is_multiple_of(self.config.train.log_every);
+        self.model.watch_tiles(logged);
         let outcome = step::take_step(&self.model, &self.optimizer, tensors, &settings, notes)?;
         let told: Vec<HeardNotes> = outcome.told.iter().map(|told| HeardNotes::new(&told.notes)).collect();
         self.hear_stop(told.iter().map(|notes| notes.stop));
@@ -420,6 +422,8 @@ impl Trainer {
             tokens_seen: self.tokens_seen,
             mfu: mfu::utilisation(flops, seconds, self.peak_flops),
             peak_memory_bytes: Some(self.device.memory_use()?.peak as u64),
+            // The device is idle: it was waited for.
+            tiles_skipped: self.model.take_skipped_tiles()?.map(|shares| mean_share(&shares)),
         };
         self.record(Record::Train(metrics.clone()))?;
         self.console.step(&metrics, flops / seconds, self.step.is_multiple_of(self.config.train.log_every));
@@ -452,6 +456,7 @@ impl Trainer {
     fn measure(&mut self) -> Result<()> {
         if self.step == 0 || self.is_due(self.config.evaluation.every) {
             self.validate()?;
+            self.count_tiles()?;
         }
         if self.is_due(self.config.sample.every) && !self.is_measured("sample") {
             self.optimizer.weights().settle()?;
@@ -483,6 +488,21 @@ impl Trainer {
         let metrics = sum.metrics(self.step);
         self.console.validation(&metrics);
         self.record(Record::Valid(metrics))
+    }
+
+    /// The tiles that early exit leaves out in each head, by the leading rank: little work beside a validation.
+    fn count_tiles(&mut self) -> Result<()> {
+        let Some(valid) = self.text.valid.as_ref().filter(|_| self.leads() && !self.is_measured("tiles")) else {
+            return Ok(());
+        };
+        if self.signal.is_set() {
+            return Ok(());
+        }
+        if let Some(metrics) = crate::inspect::tiles_metrics(&self.model, valid, self.step)? {
+            self.measured.insert("tiles", self.step);
+            self.record(Record::Tiles(metrics))?;
+        }
+        Ok(())
     }
 
     /// A continued prompt; nothing if a signal comes meanwhile: it is made anew after the resume.
@@ -528,6 +548,7 @@ impl Trainer {
     fn finish(&mut self) -> Result<Outcome> {
         self.optimizer.weights().settle()?;
         self.validate()?;
+        self.count_tiles()?;
         if self.leads() {
             self.extrapolate()?;
             self.inspect()?;

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// Kinds of metrics that are made once for a step and not again after a resume.
-const MEASURED_ONCE: [&str; 5] = ["valid", "sample", "length", "attention", "memory"];
+const MEASURED_ONCE: [&str; 6] = ["valid", "tiles", "sample", "length", "attention", "memory"];
 
 /// The run's data, which the leading rank prepares before the others open it.
 pub(super) fn open_text(config: &RunConfig, communicator: &dyn Communicator, stop: &StopFlag) -> Result<Text> {

@@ -125,6 +125,22 @@ impl Text {
     }
 }
 
+/// The validation split of a run's data, which is there already: nothing is prepared.
+///
+/// # Errors
+/// If there is none, or a file is damaged.
+pub fn held_out(config: &RunConfig) -> Result<TokenStream> {
+    let (source, tokenizer, _) = match &config.data.token_files {
+        Some(files) => open_token_files(files, config.model.vocab_size as u32)?,
+        None => {
+            let dataset = Dataset::open(&config.data_folder())?;
+            let tokenizer = dataset.tokenizer()?;
+            (Source::Prepared(dataset), Some(tokenizer), String::new())
+        }
+    };
+    source.stream(SplitName::Valid, tokenizer.as_ref())
+}
+
 /// Opens the prepared folder, making it first if it is not there.
 fn open_prepared(config: &RunConfig, stop: &StopFlag) -> Result<(Source, Option<Tokenizer>, String)> {
     let folder = config.data_folder();

@@ -75,19 +75,35 @@ impl Saved {
         [&self.first_tiles, &self.sticks].into_iter().flatten().map(Scratch::bytes).sum()
     }
 
+    pub(super) fn spec(&self) -> &StickBreakingSpec {
+        self.plan.spec()
+    }
+
+    pub(super) fn first_tiles(&self) -> Option<DeviceRef<'_>> {
+        self.first_tiles.as_ref().map(Scratch::as_ref)
+    }
+
+    /// (query tile, key tile) pairs of one head that hold a visible key.
+    pub(super) fn causal_tiles(&self) -> u64 {
+        self.tiles_left_by(&[]).1
+    }
+
     /// For each query head how many (query tile, key tile) pairs the forward pass visited, and how many pairs of one head
     /// hold a visible key. Waits for the device if early exit is on.
     ///
     /// # Errors
     /// If the copy fails.
     pub fn visited_tiles(&self, queue: &Queue) -> Result<(Vec<u64>, u64)> {
-        let Inner { spec, documents, path, .. } = &*self.plan.inner;
         let first = self.first_tiles.as_ref().map(|first| queue.download::<u32>(first.as_ref())).transpose()?;
-        let first = first.unwrap_or_default();
-        Ok(match path {
-            Path::Float(plan) => plan.visited_tiles(documents, spec.attend_current, &first),
-            Path::TensorCores(kernels) => kernels.shape.visited_tiles(spec, documents, &first),
-        })
+        Ok(self.tiles_left_by(&first.unwrap_or_default()))
+    }
+
+    fn tiles_left_by(&self, first_tiles: &[u32]) -> (Vec<u64>, u64) {
+        let Inner { spec, documents, path, .. } = &*self.plan.inner;
+        match path {
+            Path::Float(plan) => plan.visited_tiles(documents, spec.attend_current, first_tiles),
+            Path::TensorCores(kernels) => kernels.shape.visited_tiles(spec, documents, first_tiles),
+        }
     }
 }
 

@@ -33,6 +33,7 @@ pub mod decode_cuda;
 pub mod hopper;
 pub mod reference;
 mod stick;
+pub mod tiles_cuda;
 
 use std::ops::Range;
 

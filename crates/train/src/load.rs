@@ -2,16 +2,17 @@
 
 use crate::checkpoint::{CheckpointStore, KeepPolicy};
 use crate::config::ComputeType;
-use crate::data::Tokenizer;
+use crate::data::{Dataset, SplitName, TokenStream, Tokenizer};
 use crate::device::{self, DeviceOption};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::path::{Path, PathBuf};
 use stickbreak_model::{ModelConfig, Transformer};
+use stickbreak_tensor::{DType, Device};
 
 /// Where a trained model computes, and in which number type.
 #[derive(Debug, Clone, Copy, Args)]
-pub(super) struct ComputeOptions {
+pub(crate) struct ComputeOptions {
     #[command(flatten)]
     device: DeviceOption,
     /// Number type of the arithmetic.
@@ -20,19 +21,25 @@ pub(super) struct ComputeOptions {
 }
 
 /// A model and what is known of its training.
-pub(super) struct LoadedModel {
-    pub(super) model: Transformer,
-    pub(super) tokenizer: Tokenizer,
+pub(crate) struct LoadedModel {
+    pub(crate) model: Transformer,
+    pub(crate) tokenizer: Tokenizer,
     /// Context that it was trained at.
-    pub(super) trained_length: usize,
+    pub(crate) trained_length: usize,
     /// Optimizer steps; 0 if unknown.
-    pub(super) step: u64,
+    pub(crate) step: u64,
+    /// Where its files are.
+    folder: PathBuf,
 }
 
 impl LoadedModel {
-    pub(super) fn open(path: &Path, options: ComputeOptions) -> Result<Self> {
+    /// Opens a model where the options say, with the choice told on standard error.
+    pub(crate) fn open(path: &Path, options: ComputeOptions) -> Result<Self> {
         let device = options.device.announce()?;
-        let dtype = options.dtype.resolve(device)?;
+        Self::open_on(path, device, options.dtype.resolve(device)?)
+    }
+
+    pub(crate) fn open_on(path: &Path, device: Device, dtype: DType) -> Result<Self> {
         let (folder, step) = find_weights(path)?;
         let config_path = folder.join("config.json");
         let text = std::fs::read(&config_path).with_context(|| {
@@ -55,7 +62,39 @@ impl LoadedModel {
         device::prepare_kernels(&config, dtype, device, |line| eprintln!("{line}"))?;
         let model = Transformer::new_on(config, dtype, device)?;
         model.load_weights(&folder)?;
-        Ok(Self { model, tokenizer, trained_length, step })
+        Ok(Self { model, tokenizer, trained_length, step, folder })
+    }
+
+    /// The same weights with another early exit; 0 bits switch it off.
+    pub(crate) fn with_early_exit(&self, bits: u32) -> Result<Transformer> {
+        let config = ModelConfig { early_exit_bits: bits, ..self.model.config().clone() };
+        let dtype = self.model.arena().values().dtype();
+        let model = Transformer::new_on(config, dtype, self.model.device())?;
+        model.load_weights(&self.folder)?;
+        Ok(model)
+    }
+
+    /// A text file, or the validation split of a folder that `prepare` wrote, in the model's tokens.
+    pub(crate) fn open_text(&self, path: &Path) -> Result<TokenStream> {
+        let stream = if path.is_dir() {
+            let dataset = Dataset::open(path)?;
+            dataset.verify_checksums()?;
+            dataset.split(SplitName::Valid)?
+        } else {
+            let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+            TokenStream::from_text(path.display().to_string(), &text, &self.tokenizer)?
+        };
+        self.check_vocabulary(&stream, path)?;
+        Ok(stream)
+    }
+
+    /// Refuses tokens that the model does not know.
+    pub(crate) fn check_vocabulary(&self, stream: &TokenStream, path: &Path) -> Result<()> {
+        let (ids, vocabulary) = (stream.vocabulary() as usize, self.model.config().vocab_size);
+        if ids > vocabulary {
+            bail!("{}: {ids} token ids, but the model has {vocabulary}", path.display());
+        }
+        Ok(())
     }
 }
 
