@@ -1,4 +1,5 @@
-//! Stick-breaking attention on a GPU, f32 and bf16, against the dense float64 reference.
+//! Stick-breaking attention on a GPU, f32 and bf16, by the kernels that run on every card, against the dense float64
+//! reference. `cuda_hopper.rs` has those for Hopper cards.
 
 mod attention_support;
 mod cuda_support;
@@ -7,7 +8,7 @@ use attention_support::{Problem, assert_close, errors};
 use cuda_support::{Number, download, exact, poisoned, queue, same_bits, upload, wide, with_gaps, without_gaps};
 use half::bf16;
 use stickbreak_kernels::attention::AttentionLayout;
-use stickbreak_kernels::attention::stick_breaking::cuda::{Plan, Saved};
+use stickbreak_kernels::attention::stick_breaking::cuda::{Kernels, Plan, Saved};
 use stickbreak_kernels::attention::stick_breaking::{StickBreakingSpec, reference};
 use stickbreak_kernels::cuda::{DeviceType, Queue, Scratch};
 
@@ -49,7 +50,7 @@ fn run<T: Number>(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64
     let [mut rem, mut log2_rem] = [rows, rows].map(|len| poisoned::<f32>(queue, len));
     let [mut dq, mut dk, mut dv] = [rows * layout.head_dim, layout.tokens * kv_width, layout.tokens * kv_width]
         .map(|len| poisoned::<T>(queue, len));
-    let plan = Plan::new(queue, spec, &problem.cu_seqlens, T::TYPE).unwrap();
+    let plan = Plan::with_kernels(queue, spec, &problem.cu_seqlens, T::TYPE, Kernels::Portable).unwrap();
     let (q, k, v) = (q.as_ref(), k.as_ref(), v.as_ref());
     let (mut rem_view, mut log_view) = (rem.as_mut(), log2_rem.as_mut());
     let saved = plan.forward(queue, q, k, v, &mut o.as_mut(), Some(&mut rem_view), Some(&mut log_view), true);
@@ -353,7 +354,7 @@ fn run_with_nan(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64>)
     let (q, k, v) = (up(&problem.q, width), up(&problem.k, kv_width), up(&problem.v, kv_width));
     let (d_o, drem) = (up(&problem.d_o, width), upload::<f32>(queue, &problem.d_rem, 1, 1));
     let mut outputs = [width, width, kv_width, kv_width].map(|w| poisoned::<bf16>(queue, layout.tokens * w));
-    let plan = Plan::new(queue, spec, &problem.cu_seqlens, DeviceType::Bf16).unwrap();
+    let plan = Plan::with_kernels(queue, spec, &problem.cu_seqlens, DeviceType::Bf16, Kernels::Portable).unwrap();
     let [o, dq, dk, dv] = &mut outputs;
     let (q, k, v) = (q.as_ref(), k.as_ref(), v.as_ref());
     let saved = plan.forward(queue, q, k, v, &mut o.as_mut(), None, None, true).unwrap().unwrap();
