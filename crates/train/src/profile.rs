@@ -119,6 +119,9 @@ const HOST_WAITING: u64 = 2;
 const DEVICE_ALONE: u64 = 3;
 const COMPUTING: u64 = 4;
 const COMMUNICATING: u64 = 5;
+/// What the last two are called.
+pub(crate) const COMPUTING_NAME: &str = "device, computing";
+pub(crate) const COMMUNICATING_NAME: &str = "device, communicating";
 
 #[derive(Debug)]
 struct Recorder {
@@ -211,8 +214,8 @@ impl Recorder {
             thread(HOST, "host"),
             thread(HOST_WAITING, "host, waiting after each phase"),
             thread(DEVICE_ALONE, "device, waited for after each phase"),
-            thread(COMPUTING, "device, computing"),
-            thread(COMMUNICATING, "device, communicating"),
+            thread(COMPUTING, COMPUTING_NAME),
+            thread(COMMUNICATING, COMMUNICATING_NAME),
         ];
         for span in &self.spans {
             let host = if span.kind == Kind::Host { HOST } else { HOST_WAITING };
@@ -228,7 +231,7 @@ impl Recorder {
 }
 
 /// The phase that is a whole step.
-const STEP: &str = "step";
+pub(crate) const STEP: &str = "step";
 
 /// The recording of one run.
 #[derive(Debug)]
@@ -329,7 +332,8 @@ mod tests {
         let events = trace["traceEvents"].as_array().unwrap();
         let of = |thread: u64| events.iter().filter(|e| e["ph"] == "X" && e["tid"] == thread).count();
         assert_eq!([HOST, HOST_WAITING, DEVICE_ALONE, COMPUTING, COMMUNICATING].map(of), [6, 2, 2, 0, 0]);
-        let device = events.iter().find(|e| e["tid"] == DEVICE_ALONE && e["name"] == "forward" && e["ph"] == "X").unwrap();
+        let device =
+            events.iter().find(|e| e["tid"] == DEVICE_ALONE && e["name"] == "forward" && e["ph"] == "X").unwrap();
         assert_eq!((device["ts"].as_f64(), device["dur"].as_f64()), (Some(300e3), Some(30e3)));
     }
 }
