@@ -66,7 +66,7 @@ struct Trace {
 const PHASES: [(&str, usize); 4] = [("forward", 0), ("backward", 2), ("reduce", 3), ("optimizer", 4)];
 /// Collectives by the start of their name, their name in the legend, and the colour.
 const COLLECTIVES: [(&str, &str, usize); 2] =
-    [("reduce_scatter", "reduce-scatter of gradients", 1), ("all_gather", "all-gather of weights", 5)];
+    [("reduce_scatter", "reduce-scatter", 1), ("all_gather", "all-gather", 5)];
 
 /// The picture, in the units of its text.
 const WIDTH: f64 = 760.0;
@@ -141,7 +141,7 @@ impl Trace {
                 y - 10.0
             );
             let _ = write!(out, "<text class=\"tick\" x=\"{:.1}\" y=\"{y}\">{name}</text>", x + 17.0);
-            x += name.len() as f64 * 6.2 + 34.0;
+            x += name.len() as f64 * 6.6 + 34.0;
         }
         out + "</svg>"
     }
