@@ -71,7 +71,8 @@ impl Optimizer {
     ) -> Result<Self> {
         let arena = model.arena();
         let (rank, ranks) = (communicator.rank(), communicator.ranks());
-        let layout = ShardLayout::new(arena.values().elements(), rank, ranks, distributed.bucket_bytes);
+        let length = arena.values().elements();
+        let layout = ShardLayout::new(length, rank, ranks, distributed.bucket_bytes(length));
         let treated = treated_alike(model);
         let segments = (0..layout.buckets()).map(|bucket| segments(&layout, bucket, &treated)).collect();
         let zeros = || Tensor::zeros_on([layout.shard_length()], arena.master().dtype(), model.device());

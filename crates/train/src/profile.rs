@@ -3,7 +3,8 @@
 //! The loop marks its phases with [`range`]. With `--profile` some steps are recorded, in two kinds, because a phase's
 //! device time can only be known by waiting for it:
 //!
-//! * *host* steps run as always; their spans say how long the host took to ask for the work (and, in `read`, to wait);
+//! * *host* steps run as always; their spans say how long the host took to ask for the work (and, in `wait`, to wait). Events
+//!   on the device's queues say when it did that work, and when each collective ran beside it: the step's time line;
 //! * *device* steps wait after every phase, which gives each its time on the device.
 //!
 //! Nothing of it changes a bit of the result.
@@ -16,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
-use stickbreak_kernels::cuda::{Queue, Timer};
+use stickbreak_kernels::cuda::{Queue, Span as DeviceSpan, Timer};
 use stickbreak_tensor::Device;
 
 /// Name of the trace in a run's folder. Open it with <https://ui.perfetto.dev> or `chrome://tracing`.
@@ -37,13 +38,24 @@ fn with_recorder<T>(act: impl FnOnce(&mut Recorder) -> T) -> Option<T> {
 /// A phase, from here until the guard is dropped.
 pub fn range(name: &'static str) -> Range {
     nvtx::push(name);
-    let recording = RECORDING.load(Ordering::Relaxed);
-    let timer = recording
-        .then(|| with_recorder(|recorder| recorder.device_queue().cloned()))
-        .flatten()
-        .flatten()
-        .and_then(|queue| queue.timer().ok());
-    Range { name, start: recording.then(Instant::now), timer }
+    if !RECORDING.load(Ordering::Relaxed) {
+        return Range { name, start: None, timer: None };
+    }
+    let timer = with_recorder(|recorder| recorder.queue.as_ref().and_then(|queue| queue.timer().ok())).flatten();
+    Range { name, start: Some(Instant::now()), timer }
+}
+
+/// A collective on a queue of its own, from here on, if its place on the time line is wanted.
+pub(crate) fn collective(queue: &Queue) -> Option<Timer> {
+    let wanted = RECORDING.load(Ordering::Relaxed) && with_recorder(|recorder| recorder.kind) == Some(Kind::Host);
+    wanted.then(|| queue.timer().ok()).flatten()
+}
+
+/// The end of a [`collective`] that was begun.
+pub(crate) fn end_collective(name: &str, timer: Option<Timer>) {
+    if let Some(Ok(span)) = timer.map(Timer::stop) {
+        with_recorder(|recorder| recorder.asked.push(Asked { name: name.to_owned(), thread: COMMUNICATING, span }));
+    }
 }
 
 /// See [`range`].
@@ -59,10 +71,18 @@ impl Drop for Range {
     fn drop(&mut self) {
         nvtx::pop();
         let Some(start) = self.start else { return };
-        // A failed measurement is a missing figure; the step itself will say what failed.
-        let device_ms = self.timer.as_ref().and_then(|timer| timer.milliseconds().ok());
-        let end = Instant::now();
-        with_recorder(|recorder| recorder.add(self.name, start, end, device_ms));
+        let timer = self.timer.take();
+        with_recorder(|recorder| {
+            // A failed measurement is a missing figure; the step itself will say what failed.
+            let device_ms = match recorder.kind {
+                Kind::Host => {
+                    recorder.ask(self.name, timer);
+                    None
+                }
+                Kind::Device => timer.and_then(|timer| timer.milliseconds().ok()),
+            };
+            recorder.add(self.name, start, Instant::now(), device_ms);
+        });
     }
 }
 
@@ -84,22 +104,55 @@ struct Span {
     device_ms: Option<f64>,
 }
 
+/// A stretch of a queue's time that nobody has waited for.
+#[derive(Debug)]
+struct Asked {
+    name: String,
+    /// Of the trace.
+    thread: u64,
+    span: DeviceSpan,
+}
+
+/// Threads of the trace.
+const HOST: u64 = 1;
+const HOST_WAITING: u64 = 2;
+const DEVICE_ALONE: u64 = 3;
+const COMPUTING: u64 = 4;
+const COMMUNICATING: u64 = 5;
+/// What the last two are called.
+pub(crate) const COMPUTING_NAME: &str = "device, computing";
+pub(crate) const COMMUNICATING_NAME: &str = "device, communicating";
+
 #[derive(Debug)]
 struct Recorder {
     origin: Instant,
     queue: Option<Queue>,
+    /// Started when `origin` was taken.
+    clock: Option<Timer>,
     kind: Kind,
     spans: Vec<Span>,
+    asked: Vec<Asked>,
 }
 
 impl Recorder {
     fn new(queue: Option<Queue>) -> Self {
-        Self { origin: Instant::now(), queue, kind: Kind::Host, spans: Vec::new() }
+        Self { origin: Instant::now(), queue, clock: None, kind: Kind::Host, spans: Vec::new(), asked: Vec::new() }
     }
 
-    /// The queue if phases are to be timed on the device.
-    fn device_queue(&self) -> Option<&Queue> {
-        self.queue.as_ref().filter(|_| self.kind == Kind::Device)
+    /// Starts the clocks of host and device together, which are alike to some 20 us: the device is idle.
+    fn start_clocks(&mut self) {
+        self.clock = self.queue.as_ref().and_then(|queue| {
+            let clock = queue.timer().ok()?;
+            queue.synchronize().ok().map(|()| clock)
+        });
+        self.origin = Instant::now();
+    }
+
+    /// Ends a phase on the device's time line.
+    fn ask(&mut self, name: &str, timer: Option<Timer>) {
+        if let Some(Ok(span)) = timer.map(Timer::stop) {
+            self.asked.push(Asked { name: name.to_owned(), thread: COMPUTING, span });
+        }
     }
 
     fn add(&mut self, name: &'static str, start: Instant, end: Instant, device_ms: Option<f64>) {
@@ -147,22 +200,38 @@ impl Recorder {
         text
     }
 
+    /// What the device did in host steps, with start and end in milliseconds since the origin.
+    fn time_line(&self) -> impl Iterator<Item = (&Asked, [f64; 2])> {
+        let place = |asked: &Asked| self.clock.as_ref().and_then(|clock| asked.span.since(clock).ok());
+        self.asked.iter().filter_map(move |asked| Some((asked, place(asked)?)))
+    }
+
     /// The Chrome trace format: microseconds, complete events.
     fn trace(&self) -> Value {
         let thread = |id: u64, name: &str| json!({"ph": "M", "name": "thread_name", "pid": 1, "tid": id, "args": {"name": name}});
-        let mut events = vec![thread(1, "host"), thread(2, "host, waiting after each phase"), thread(3, "device")];
+        let event = |name: &str, thread: u64, start: f64, duration: f64| json!({"ph": "X", "name": name, "pid": 1, "tid": thread, "ts": start, "dur": duration});
+        let mut events = vec![
+            thread(HOST, "host"),
+            thread(HOST_WAITING, "host, waiting after each phase"),
+            thread(DEVICE_ALONE, "device, waited for after each phase"),
+            thread(COMPUTING, COMPUTING_NAME),
+            thread(COMMUNICATING, COMMUNICATING_NAME),
+        ];
         for span in &self.spans {
-            let event = |thread: u64, duration: f64| json!({"ph": "X", "name": span.name, "pid": 1, "tid": thread, "ts": span.start_us, "dur": duration});
-            events.push(event(if span.kind == Kind::Host { 1 } else { 2 }, span.host_us));
+            let host = if span.kind == Kind::Host { HOST } else { HOST_WAITING };
+            events.push(event(span.name, host, span.start_us, span.host_us));
             // The device is idle when a phase of a device step begins, so both begin together.
-            events.extend(span.device_ms.map(|ms| event(3, 1e3 * ms)));
+            events.extend(span.device_ms.map(|ms| event(span.name, DEVICE_ALONE, span.start_us, 1e3 * ms)));
+        }
+        for (asked, [start, end]) in self.time_line() {
+            events.push(event(&asked.name, asked.thread, 1e3 * start, 1e3 * (end - start)));
         }
         json!({"displayTimeUnit": "ms", "traceEvents": events})
     }
 }
 
 /// The phase that is a whole step.
-const STEP: &str = "step";
+pub(crate) const STEP: &str = "step";
 
 /// The recording of one run.
 #[derive(Debug)]
@@ -194,7 +263,13 @@ impl Profiler {
         let recorded = !self.done && self.steps > WARM_UP_STEPS;
         if recorded {
             let kind = if self.steps > self.device_from { Kind::Device } else { Kind::Host };
-            with_recorder(|recorder| recorder.kind = kind);
+            let is_first = self.steps == WARM_UP_STEPS + 1;
+            with_recorder(|recorder| {
+                recorder.kind = kind;
+                if is_first {
+                    recorder.start_clocks();
+                }
+            });
         }
         RECORDING.store(recorded, Ordering::Relaxed);
     }
@@ -256,8 +331,9 @@ mod tests {
         let trace = recorder.trace();
         let events = trace["traceEvents"].as_array().unwrap();
         let of = |thread: u64| events.iter().filter(|e| e["ph"] == "X" && e["tid"] == thread).count();
-        assert_eq!((of(1), of(2), of(3)), (6, 2, 2));
-        let device = events.iter().find(|e| e["tid"] == 3 && e["name"] == "forward" && e["ph"] == "X").unwrap();
+        assert_eq!([HOST, HOST_WAITING, DEVICE_ALONE, COMPUTING, COMMUNICATING].map(of), [6, 2, 2, 0, 0]);
+        let device =
+            events.iter().find(|e| e["tid"] == DEVICE_ALONE && e["name"] == "forward" && e["ph"] == "X").unwrap();
         assert_eq!((device["ts"].as_f64(), device["dur"].as_f64()), (Some(300e3), Some(30e3)));
     }
 }

@@ -225,13 +225,14 @@ fn on_gpu(
     };
     let host_milliseconds = 1e3 * (started.elapsed() - elsewhere).as_secs_f64();
     let _read = range("wait");
+    // Waits for weights before this step's first use of them, and those of this step. They are over before the update is:
+    // read now, while the device is busy with that, they cost no time.
+    let exposed = [optimizer.weights().take_waits().milliseconds()?, waits.milliseconds()?];
     let device_milliseconds = timer.map(|timer| timer.milliseconds()).transpose()?;
     let values = report.to_f64_vec()?;
     // A collective that was broken off leaves anything.
     optimizer.communicator().check(ROUND)?;
     let told: Vec<Told> = values.chunks(values.len() / optimizer.layout().ranks()).map(Told::new).collect();
-    // Those of the weights before this step's first use of them, and those of this step.
-    let exposed = [optimizer.weights().take_waits().milliseconds()?, waits.milliseconds()?];
     // In float32, as the device did it: both must agree on whether the step was finite.
     let sum = |of: fn(&Told) -> f64| f64::from(told.iter().fold(0.0, |sum, told| sum + of(told) as f32));
     Ok(StepOutcome {

@@ -35,7 +35,7 @@ fn update(dtype: DType, ranks: usize) -> Vec<Updated> {
     // Under muP hidden matrices have a learning rate of their own; norms do not decay.
     let model = workspace.config(&["model.init=mup", "model.mup_base_width=16"]).model;
     let config = OptimizerConfig::default();
-    let distributed = DistributedConfig { bucket_bytes: 8192, ..DistributedConfig::default() };
+    let distributed = DistributedConfig { bucket_bytes: Some(8192), ..DistributedConfig::default() };
     let results = LocalGroup::run(ranks, TIMEOUT, |communicator| {
         let model = Transformer::new_with(model.clone(), dtype, Device::Cpu, ShardLayout::arena(ranks)).unwrap();
         model.initialise(7).unwrap();

@@ -373,4 +373,14 @@ impl Span {
         self.timer.queue.gpu().bind()?;
         Ok(f64::from(self.timer.start.elapsed_ms(&self.end).map_err(driver("measuring time"))?))
     }
+
+    /// Milliseconds from the start of a timer of any queue of the device to this one's start and end; waits for the end.
+    ///
+    /// # Errors
+    /// As [`milliseconds`](Self::milliseconds).
+    pub fn since(&self, origin: &Timer) -> Result<[f64; 2]> {
+        self.timer.queue.gpu().bind()?;
+        let since = |event| origin.start.elapsed_ms(event).map(f64::from).map_err(driver("measuring time"));
+        Ok([since(&self.timer.start)?, since(&self.end)?])
+    }
 }

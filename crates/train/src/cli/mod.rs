@@ -6,7 +6,7 @@ mod prepare;
 mod train;
 
 use crate::device::DeviceOption;
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
 use std::io::Write;
 use std::path::PathBuf;
@@ -45,14 +45,17 @@ enum Command {
     Bench(crate::bench::BenchArgs),
     /// Say what this machine has and what will be used; or what a run on many GPUs will need and how fast it may be.
     Doctor(crate::doctor::DoctorArgs),
-    /// Write a run's report.html, or one chart of the length-extrapolation curves of several runs.
+    /// Write a run's report.html, or a chart: length-extrapolation curves of several runs, or a step's time line.
     Report {
-        /// The run's folder; more than one with --length-curves.
+        /// The run's folder, or several.
         #[arg(required = true)]
         runs: Vec<PathBuf>,
         /// Write the runs' length-extrapolation curves to this SVG file instead.
         #[arg(long, value_name = "SVG")]
         length_curves: Option<PathBuf>,
+        /// Write the time line of a step that `train --profile` recorded on a GPU to this SVG file instead.
+        #[arg(long, value_name = "SVG", conflicts_with = "length_curves")]
+        time_line: Option<PathBuf>,
     },
 }
 
@@ -86,8 +89,12 @@ fn run(cli: Cli) -> Result<()> {
         Command::Verify { folder, device } => crate::verify::verify(&folder, device.announce()?).map(drop),
         Command::Bench(args) => crate::bench::run(&args),
         Command::Doctor(args) => crate::doctor::run(&args),
-        Command::Report { runs, length_curves: Some(path) } => crate::report::write_length_curves(&runs, &path),
-        Command::Report { runs, length_curves: None } => {
+        Command::Report { runs, length_curves: Some(path), .. } => crate::report::write_length_curves(&runs, &path),
+        Command::Report { runs, time_line: Some(path), .. } => {
+            ensure!(runs.len() == 1, "--time-line shows one run, but {} are given", runs.len());
+            crate::report::write_time_line(&runs[0], &path)
+        }
+        Command::Report { runs, .. } => {
             for run in runs {
                 println!("{}", crate::report::write_report(&run)?.display());
             }

@@ -211,7 +211,7 @@ mod tests {
         let model = Transformer::new_with(config, DType::F32, Device::Cpu, ShardLayout::arena(2)).unwrap();
         model.initialise(1).unwrap();
         let recorder = Arc::new(Recorder::default());
-        let distributed = DistributedConfig { bucket_bytes: 16384, ..DistributedConfig::default() };
+        let distributed = DistributedConfig { bucket_bytes: Some(16384), ..DistributedConfig::default() };
         let optimizer = OptimizerConfig::default();
         let optimizer = Optimizer::with_ranks(optimizer, &distributed, &model, recorder.clone()).unwrap();
         let tensors = BatchTensors {

@@ -5,10 +5,11 @@
 //! as those of ranks as threads.
 
 use super::control::Control;
+use super::cpu::OnCpu;
 use super::error::Failure;
-use super::reduce::{Compute, Gather, Number, Of, Reduce, for_number};
-use super::{Call, Communicator, CommunicatorError, Reduction, Result, Ticket};
-use stickbreak_tensor::{Device, Tensor};
+use super::reduce::{Compute, Number, for_number};
+use super::{Call, CommunicatorError, Result};
+use stickbreak_tensor::Tensor;
 
 /// The communicator of a process that computes on a CPU.
 #[derive(Debug)]
@@ -21,29 +22,7 @@ impl HostCommunicator {
         Self { control }
     }
 
-    fn call<'a>(&self, collective: &'static str, what: &'a str) -> Call<'a> {
-        Call { rank: self.control.rank(), ranks: self.control.ranks(), collective, what }
-    }
-
-    fn collective(
-        &self,
-        call: Call<'_>,
-        detail: &str,
-        from: &Tensor,
-        to: &Tensor,
-        compute: impl Compute,
-    ) -> Result<Ticket> {
-        for tensor in [from, to] {
-            if tensor.device() != Device::Cpu {
-                return Err(call.refuse(format!("a tensor is on {}; these ranks use the CPU", tensor.device())));
-            }
-        }
-        let described = format!("{} of {} elements of {}{detail}", call.name(), from.elements(), from.dtype());
-        for_number!(from.dtype(), T => self.exchange::<T>(call, &described, from, to, compute))?;
-        Ok(Ticket::done())
-    }
-
-    fn exchange<T: Number>(
+    fn share<T: Number>(
         &self,
         call: Call<'_>,
         described: &str,
@@ -67,7 +46,7 @@ impl HostCommunicator {
     }
 }
 
-/// [`Communicator::gather_values`] over the control plane.
+/// [`gather_values`](super::Communicator::gather_values) over the control plane.
 pub(super) fn gather_values(control: &Control, call: Call<'_>, values: &[f64]) -> Result<Vec<Vec<f64>>> {
     let bytes = values.iter().flat_map(|value| value.to_bits().to_le_bytes()).collect();
     let parts = control.share(&call.name(), bytes, control.timeouts().host)?;
@@ -75,52 +54,32 @@ pub(super) fn gather_values(control: &Control, call: Call<'_>, values: &[f64]) -
     Ok(parts.iter().map(|part| part.chunks_exact(8).map(value).collect()).collect())
 }
 
-/// [`Communicator::abort`] over the control plane.
+/// [`abort`](super::Communicator::abort) over the control plane.
 pub(super) fn abort(control: &Control, reason: &str) {
     control.fail(Failure::Lost { culprit: control.rank(), reason: format!("gave up: {reason}") });
 }
 
-impl Communicator for HostCommunicator {
-    fn rank(&self) -> usize {
-        self.control.rank()
+impl OnCpu for HostCommunicator {
+    fn place(&self) -> (usize, usize) {
+        (self.control.rank(), self.control.ranks())
     }
 
-    fn ranks(&self) -> usize {
-        self.control.ranks()
+    fn exchange(
+        &self,
+        call: Call<'_>,
+        described: String,
+        from: &Tensor,
+        to: &Tensor,
+        compute: impl Compute,
+    ) -> Result<()> {
+        for_number!(from.dtype(), T => self.share::<T>(call, &described, from, to, compute))
     }
 
-    fn all_reduce(&self, what: &str, tensor: &Tensor, reduction: Reduction) -> Result<Ticket> {
-        let call = self.call("all_reduce", what);
-        call.tensor("tensor", tensor)?;
-        let whole = Reduce { reduction, part: 0, parts: 1 };
-        self.collective(call, &format!(", {reduction:?}"), tensor, tensor, whole)
+    fn exchange_values(&self, call: Call<'_>, values: &[f64]) -> Result<Vec<Vec<f64>>> {
+        gather_values(&self.control, call, values)
     }
 
-    fn reduce_scatter(&self, what: &str, from: &Tensor, to: &Tensor) -> Result<Ticket> {
-        let call = self.call("reduce_scatter", what);
-        call.parts(("to", to), ("from", from))?;
-        let part = Reduce { reduction: Reduction::Sum, part: call.rank, parts: call.ranks };
-        self.collective(call, "", from, to, part)
-    }
-
-    fn all_gather(&self, what: &str, from: &Tensor, to: &Tensor) -> Result<Ticket> {
-        let call = self.call("all_gather", what);
-        call.parts(("from", from), ("to", to))?;
-        self.collective(call, "", from, to, Gather)
-    }
-
-    fn broadcast(&self, what: &str, tensor: &Tensor, root: usize) -> Result<Ticket> {
-        let call = self.call("broadcast", what);
-        call.tensor("tensor", tensor)?;
-        call.root(root)?;
-        self.collective(call, &format!(" from rank {root}"), tensor, tensor, Of(root))
-    }
-
-    fn gather_values(&self, what: &str, values: &[f64]) -> Result<Vec<Vec<f64>>> {
-        gather_values(&self.control, self.call("gather_values", what), values)
-    }
-
-    fn abort(&self, reason: &str) {
+    fn give_up(&self, reason: &str) {
         abort(&self.control, reason);
     }
 }

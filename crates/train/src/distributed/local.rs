@@ -3,12 +3,13 @@
 //! It is as strict as the real one: a rank that leaves, panics, aborts or does not come makes the calls of all others fail
 //! and names itself; ranks that call different things are told so. Sums run in the order of the ranks.
 
+use super::cpu::OnCpu;
 use super::error::Failure;
-use super::reduce::{Compute, Gather, Number, Of, Reduce, for_number};
-use super::{Call, Communicator, CommunicatorError, Ranks, Reduction, Result, Ticket};
+use super::reduce::{Compute, Number, for_number};
+use super::{Call, Communicator, CommunicatorError, Ranks, Result};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use stickbreak_tensor::{Device, Tensor};
+use stickbreak_tensor::Tensor;
 
 /// What the ranks of one process share.
 #[derive(Debug)]
@@ -101,12 +102,8 @@ impl Drop for LocalCommunicator {
 }
 
 impl LocalCommunicator {
-    fn call<'a>(&self, collective: &'static str, what: &'a str) -> Call<'a> {
-        Call { rank: self.rank, ranks: self.group.ranks, collective, what }
-    }
-
     /// Lays an item down and returns those of all ranks, by rank.
-    fn exchange(&self, name: &str, item: Item) -> Result<Arc<Vec<Item>>> {
+    fn lay_down(&self, name: &str, item: Item) -> Result<Arc<Vec<Item>>> {
         let group = &self.group;
         let mut state = group.lock();
         if let Some(failure) = &state.failure {
@@ -161,29 +158,7 @@ impl LocalCommunicator {
         Err(error)
     }
 
-    /// Shows `from` to all, computes what this rank gets, and writes it to `to` once all have computed theirs.
-    fn collective(
-        &self,
-        call: Call<'_>,
-        detail: &str,
-        from: &Tensor,
-        to: &Tensor,
-        compute: impl Compute,
-    ) -> Result<Ticket> {
-        for tensor in [from, to] {
-            if tensor.device() != Device::Cpu {
-                return Err(call.refuse(format!("a tensor is on {}; ranks as threads use the CPU", tensor.device())));
-            }
-        }
-        let name = call.name();
-        let described = format!("{name} of {} elements of {}{detail}", from.elements(), from.dtype());
-        let item = Item { call: described, content: Content::Tensor(from.clone()) };
-        let items = self.exchange(&name, item)?;
-        self.agree(&items)?;
-        for_number!(from.dtype(), T => self.compute::<T>(&name, &items, to, compute))?;
-        Ok(Ticket::done())
-    }
-
+    /// Computes what this rank gets of everyone's, and writes it once all have computed theirs.
     fn compute<T: Number>(&self, name: &str, items: &[Item], to: &Tensor, compute: impl Compute) -> Result<()> {
         let broken = |source| CommunicatorError::Tensor { rank: self.rank, collective: name.to_owned(), source };
         let result = {
@@ -197,51 +172,34 @@ impl LocalCommunicator {
             compute.result(&values)
         };
         // Whoever writes sooner would write what another rank is still reading.
-        self.exchange(name, Item { call: name.to_owned(), content: Content::HasRead })?;
+        self.lay_down(name, Item { call: name.to_owned(), content: Content::HasRead })?;
         to.write::<T>().map_err(broken)?.copy_from_slice(&result);
         Ok(())
     }
 }
 
-impl Communicator for LocalCommunicator {
-    fn rank(&self) -> usize {
-        self.rank
+impl OnCpu for LocalCommunicator {
+    fn place(&self) -> (usize, usize) {
+        (self.rank, self.group.ranks)
     }
 
-    fn ranks(&self) -> usize {
-        self.group.ranks
+    fn exchange(
+        &self,
+        call: Call<'_>,
+        described: String,
+        from: &Tensor,
+        to: &Tensor,
+        compute: impl Compute,
+    ) -> Result<()> {
+        let name = call.name();
+        let items = self.lay_down(&name, Item { call: described, content: Content::Tensor(from.clone()) })?;
+        self.agree(&items)?;
+        for_number!(from.dtype(), T => self.compute::<T>(&name, &items, to, compute))
     }
 
-    fn all_reduce(&self, what: &str, tensor: &Tensor, reduction: Reduction) -> Result<Ticket> {
-        let call = self.call("all_reduce", what);
-        call.tensor("tensor", tensor)?;
-        let whole = Reduce { reduction, part: 0, parts: 1 };
-        self.collective(call, &format!(", {reduction:?}"), tensor, tensor, whole)
-    }
-
-    fn reduce_scatter(&self, what: &str, from: &Tensor, to: &Tensor) -> Result<Ticket> {
-        let call = self.call("reduce_scatter", what);
-        call.parts(("to", to), ("from", from))?;
-        let part = Reduce { reduction: Reduction::Sum, part: self.rank, parts: self.group.ranks };
-        self.collective(call, "", from, to, part)
-    }
-
-    fn all_gather(&self, what: &str, from: &Tensor, to: &Tensor) -> Result<Ticket> {
-        let call = self.call("all_gather", what);
-        call.parts(("from", from), ("to", to))?;
-        self.collective(call, "", from, to, Gather)
-    }
-
-    fn broadcast(&self, what: &str, tensor: &Tensor, root: usize) -> Result<Ticket> {
-        let call = self.call("broadcast", what);
-        call.tensor("tensor", tensor)?;
-        call.root(root)?;
-        self.collective(call, &format!(" from rank {root}"), tensor, tensor, Of(root))
-    }
-
-    fn gather_values(&self, what: &str, values: &[f64]) -> Result<Vec<Vec<f64>>> {
-        let name = self.call("gather_values", what).name();
-        let items = self.exchange(&name, Item { call: name.clone(), content: Content::Values(values.to_vec()) })?;
+    fn exchange_values(&self, call: Call<'_>, values: &[f64]) -> Result<Vec<Vec<f64>>> {
+        let name = call.name();
+        let items = self.lay_down(&name, Item { call: name.clone(), content: Content::Values(values.to_vec()) })?;
         self.agree(&items)?;
         let values = items.iter().map(|item| match &item.content {
             Content::Values(values) => values.clone(),
@@ -251,7 +209,7 @@ impl Communicator for LocalCommunicator {
         Ok(values.collect())
     }
 
-    fn abort(&self, reason: &str) {
+    fn give_up(&self, reason: &str) {
         let failure = Failure::Lost { culprit: self.rank, reason: format!("gave up: {reason}") };
         self.group.lock().failure.get_or_insert(failure);
         self.group.changed.notify_all();

@@ -15,6 +15,7 @@ use super::host;
 use super::launch::{Launch, Master};
 use super::rendezvous::{self, Luggage};
 use super::{Call, Communicator, CommunicatorError, Pending, Reduction, Result, Ticket};
+use crate::profile;
 use crate::signal::StopFlag;
 use library::{Nccl, Op, Raw, Work};
 use std::sync::atomic::Ordering;
@@ -138,6 +139,7 @@ impl NcclCommunicator {
         let forget = || list().remove(number);
         let ordered = self.computing.mark().and_then(|mark| self.communicating.wait_for(&mark));
         ordered.inspect_err(|_| forget()).map_err(gpu)?;
+        let timer = profile::collective(&self.communicating);
         let stream = self.communicating.stream().cu_stream().cast();
         // Until the computing queue, in whose order memory is used and freed, waits for the collective; for ever if that
         // cannot be arranged any more.
@@ -147,6 +149,7 @@ impl NcclCommunicator {
         // Most often it is begun at once. Connections that are made at first use need the other ranks, and the watchdog
         // knows whom to blame before this time is over.
         let begun = wait_until_begun(raw, control, 2 * *timeout);
+        profile::end_collective(&name, timer);
         let mark = || self.communicating.mark().inspect_err(|_| forget()).map_err(|error| error.to_string());
         match begun.and_then(|()| mark()) {
             Ok(mark) => {

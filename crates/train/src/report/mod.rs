@@ -11,6 +11,7 @@ mod curve;
 mod heat;
 mod page;
 mod ticks;
+mod timeline;
 
 use std::fs;
 use std::io;
@@ -20,6 +21,7 @@ use anyhow::Context;
 
 pub use chart::{ChartLabels, Scale, Series, line_chart_svg};
 pub use curve::write_length_curves;
+pub use timeline::write_time_line;
 
 use crate::checkpoint::write_atomically;
 use crate::metrics::{METRICS_NAME, read_records};

@@ -358,7 +358,7 @@ mod tests {
             r#"{"vocab_size": 31, "hidden_size": 20, "intermediate_size": 40, "num_layers": 2, "num_heads": 2}"#,
         );
         let config: stickbreak_model::ModelConfig = config.unwrap();
-        let distributed = DistributedConfig { bucket_bytes: 4096, ..DistributedConfig::default() };
+        let distributed = DistributedConfig { bucket_bytes: Some(4096), ..DistributedConfig::default() };
         let run = |communicator: Arc<dyn crate::distributed::Communicator>| {
             let layout = ShardLayout::arena(ranks);
             let model = Transformer::new_with(config.clone(), DType::BF16, Device::Cpu, layout).unwrap();
