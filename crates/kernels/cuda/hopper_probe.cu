@@ -1,4 +1,4 @@
-// Microbenchmarks that decided the design of stick_breaking_hopper.cu, whose parts they run alone: put after it. Each kernel
+// Microbenchmarks that decided the design of stick_breaking_hopper_forward.cu, whose parts they run alone: put after it. Each kernel
 // runs one block per multiprocessor for `rounds` rounds and writes the clocks of block 0 to `clocks`; `sink` keeps the
 // compiler from leaving work out.
 

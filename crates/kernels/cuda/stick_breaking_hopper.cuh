@@ -1,5 +1,17 @@
 // What the sm_90a kernels of stick-breaking attention share. Put after hopper.cuh and stick_breaking.cuh.
 
+// Item `index` of a launch over `heads` heads from `first_head` on and `tile_count` tiles: `section` heads at a time, and of a
+// section first all heads of the first tile, then those of the next one.
+struct Position {
+    int head, tile;
+};
+DEVICE Position position_of(int index, int tile_count, int first_head, int heads, int section) {
+    const int section_items = tile_count * section;
+    const int at = index / section_items, within = index - at * section_items;
+    const int section_heads = min(section, heads - at * section);
+    return {first_head + at * section + within % section_heads, within / section_heads};
+}
+
 // A place in a ring of stages.
 struct Place {
     int stage;

@@ -154,10 +154,9 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
     u32 number = 1;
     for (int index = blockIdx.x; index < p.tile_count * p.kv_heads; number++) {
         {
-            const int section = index / (p.tile_count * p.section), within = index - section * p.tile_count * p.section;
-            const int section_heads = min(p.section, p.kv_heads - section * p.section);
-            const int kv_head = p.first_kv_head + section * p.section + within % section_heads;
-            const Tile tile = read_tile(p.tiles, within / section_heads);
+            const Position position = position_of(index, p.tile_count, p.first_kv_head, p.kv_heads, p.section);
+            const int kv_head = position.head;
+            const Tile tile = read_tile(p.tiles, position.tile);
 #pragma unroll
             for (int w = 0; w < WARPGROUPS; w++) {
                 barrier_wait(shared_address(&control.keys_empty[w]), number & 1);

@@ -123,13 +123,12 @@ DEVICE void produce(const Forward& p, const TensorMap& q_map, const TensorMap& k
     // A ring's stages start out empty: the producer is one round ahead.
     Place k_at = {0, 1}, v_at = {0, 1};
     u32 item_parity = 1;
-    const int items = p.tile_count * p.heads, section_items = p.tile_count * p.section;
+    const int items = p.tile_count * p.heads;
     int index = blockIdx.x;
     for (int sequence = 1; index < items; sequence++) {
-        const int section = index / section_items, within = index - section * section_items;
-        const int section_heads = min(p.section, p.heads - section * p.section);
-        const int head = section * p.section + within % section_heads;
-        const Tile tile = read_tile(p.tiles, within / section_heads);
+        const Position position = position_of(index, p.tile_count, 0, p.heads, p.section);
+        const int head = position.head;
+        const Tile tile = read_tile(p.tiles, position.tile);
         const int column = head / p.group * HEAD_DIM;
         int next = 0;
         if (lane == 0) next = atomicAdd(p.ticket, 1);

@@ -77,13 +77,12 @@ DEVICE void produce(const Sticks& p, const TensorMap& q_map, const TensorMap& k_
     // A ring's stages start out empty: the producer is one round ahead.
     Place at = {0, 1};
     u32 item_parity = 1;
-    const int items = p.tile_count * p.head_count, section_items = p.tile_count * p.section;
+    const int items = p.tile_count * p.head_count;
     int index = blockIdx.x;
     while (index < items) {
-        const int section = index / section_items, within = index - section * section_items;
-        const int section_heads = min(p.section, p.head_count - section * p.section);
-        const int head = p.first_head + section * p.section + within % section_heads;
-        const Tile tile = read_tile(p.tiles, within / section_heads);
+        const Position position = position_of(index, p.tile_count, p.first_head, p.head_count, p.section);
+        const int head = position.head;
+        const Tile tile = read_tile(p.tiles, position.tile);
         const int column = head / p.group * HEAD_DIM;
         int next = 0;
         if (lane == 0) next = atomicAdd(p.ticket, 1);
