@@ -4,11 +4,11 @@
 use std::ops::Range;
 
 use super::super::StickBreakingSpec;
-use super::super::cuda::{Backward, PIECE, Shape, Tiles};
-use super::{BACKWARD as OP, CONTROL_BYTES, SECTION_BYTES, key_boxes, persistent, query_boxes, ticket};
+use super::super::cuda::{Backward, PIECE, Shape};
+use super::{BACKWARD as OP, CONTROL_BYTES, Persistent, key_boxes, key_bytes, query_boxes, section};
+use crate::Result;
 use crate::attention::AttentionLayout;
-use crate::cuda::{Arg, DeviceRef, DeviceType, Kernel, Queue, Source, TensorMap};
-use crate::{KernelError, Result};
+use crate::cuda::{Arg, DeviceRef, DeviceType, Queue, Source, TensorMap};
 
 /// Keys of a block, one per consumer warpgroup.
 const KEYS: usize = 64;
@@ -81,9 +81,7 @@ impl Tuning {
 
 #[derive(Debug)]
 pub(in super::super) struct Dkv {
-    tuning: Tuning,
-    kernel: Kernel,
-    tiles: Tiles,
+    kernel: Persistent,
     /// Key/value heads that run at a time.
     section: usize,
 }
@@ -97,16 +95,11 @@ impl Dkv {
         tuning: Tuning,
     ) -> Result<Self> {
         let tiles = shape.tiles(documents, WARPGROUPS * KEYS, true);
-        let items = tiles.len() * layout.kv_heads;
-        // A ticket runs past the items by the number of blocks.
-        if items > 1 << 30 {
-            return Err(KernelError::size(OP, "tiles of keys times heads", "at most 2^30", items));
-        }
-        // Q and dO of the query heads of one key/value head.
-        let group_bytes = layout.group() * 2 * layout.tokens * layout.head_dim * DeviceType::Bf16.size();
-        let section = (SECTION_BYTES / group_bytes.max(1)).clamp(1, layout.kv_heads.max(1));
-        let kernel = queue.gpu().kernel(&tuning.source(layout.head_dim), "stick_breaking_backward_dkdv_hopper_bf16")?;
-        Ok(Self { tuning, kernel, tiles: Tiles::upload(queue, &tiles)?, section })
+        let source = (&tuning.source(layout.head_dim), "stick_breaking_backward_dkdv_hopper_bf16");
+        let block = (WARPGROUPS, tuning.shared(layout.head_dim));
+        // What is read again and again is Q and dO, as large as K and V, of all query heads of the group.
+        let section = section(layout, layout.group() * key_bytes(layout));
+        Ok(Self { kernel: Persistent::new(queue, OP, source, &tiles, layout.kv_heads, block)?, section })
     }
 
     /// For the key/value heads `kv_heads`.
@@ -123,14 +116,13 @@ impl Dkv {
         let tokens = layout.tokens;
         let (width, kv_width) = (layout.query_heads * layout.head_dim, layout.kv_heads * layout.head_dim);
         let [q, k, v] = call.inputs;
-        let mut ticket = ticket(queue)?;
+        let mut ticket = Persistent::ticket(queue)?;
         let maps = [
             TensorMap::swizzled(OP, "q", q, &query_boxes(tokens, width, layout.query_stride))?,
             TensorMap::swizzled(OP, "d_o", call.d_o, &query_boxes(tokens, width, layout.output_stride))?,
             TensorMap::swizzled(OP, "k", k, &key_boxes::<KEYS>(tokens, kv_width, layout.key_stride))?,
             TensorMap::swizzled(OP, "v", v, &key_boxes::<KEYS>(tokens, kv_width, layout.value_stride))?,
         ];
-        let items = self.tiles.count as usize * kv_heads.len();
         let int = |size: usize| Arg::from(size as i32);
         let arguments = [
             k.into(),
@@ -140,12 +132,12 @@ impl Dkv {
             call.first_blocks,
             call.dk,
             call.dv,
-            DeviceRef::into(self.tiles.list.as_ref()),
+            DeviceRef::into(self.kernel.tiles.list.as_ref()),
             Arg::from(&mut ticket.as_mut()),
             int(layout.key_stride),
             int(layout.value_stride),
             int(tokens),
-            int(self.tiles.count as usize),
+            int(self.kernel.tiles.count as usize),
             int(layout.group()),
             int(kv_heads.start),
             int(kv_heads.len()),
@@ -157,7 +149,6 @@ impl Dkv {
             factor.into(),
             Arg::from(spec.scale as f32),
         ];
-        let launch = persistent(queue, items, WARPGROUPS, self.tuning.shared(layout.head_dim));
-        queue.launch_with_maps(&self.kernel, launch, &maps, &arguments)
+        self.kernel.launch(queue, kv_heads.len(), &maps, &arguments)
     }
 }

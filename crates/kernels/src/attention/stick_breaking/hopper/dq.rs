@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use super::super::StickBreakingSpec;
-use super::super::cuda::{Backward, PIECE, Shape, Tiles};
-use super::{BACKWARD as OP, CONTROL_BYTES, Turns, key_boxes, persistent, query_boxes, section, ticket, watchdog};
+use super::super::cuda::{Backward, PIECE, Shape};
+use super::{BACKWARD as OP, CONTROL_BYTES, Persistent, Turns, key_boxes, key_bytes, query_boxes, section, watchdog};
 use crate::Result;
 use crate::attention::AttentionLayout;
-use crate::cuda::{Arg, DeviceRef, DeviceType, Kernel, Queue, Source, TensorMap};
+use crate::cuda::{Arg, DeviceRef, DeviceType, Queue, Source, TensorMap};
 
 /// Keys of a block.
 const KEYS: usize = 64;
@@ -71,9 +71,7 @@ impl Tuning {
 
 #[derive(Debug)]
 pub(in super::super) struct Dq {
-    tuning: Tuning,
-    kernel: Kernel,
-    tiles: Tiles,
+    kernel: Persistent,
     /// Query heads that run at a time.
     section: usize,
 }
@@ -87,9 +85,10 @@ impl Dq {
         tuning: Tuning,
     ) -> Result<Self> {
         let tiles = shape.tiles(documents, tuning.rows(), false);
-        let section = section(OP, layout, tiles.len())?;
-        let kernel = queue.gpu().kernel(&tuning.source(layout.head_dim), "stick_breaking_dq_hopper_bf16")?;
-        Ok(Self { tuning, kernel, tiles: Tiles::upload(queue, &tiles)?, section })
+        let source = (&tuning.source(layout.head_dim), "stick_breaking_dq_hopper_bf16");
+        let block = (tuning.warpgroups, tuning.shared(layout.head_dim));
+        let section = section(layout, key_bytes(layout)) * layout.group();
+        Ok(Self { kernel: Persistent::new(queue, OP, source, &tiles, layout.query_heads, block)?, section })
     }
 
     /// For the query heads `heads`.
@@ -106,14 +105,13 @@ impl Dq {
         let tokens = layout.tokens;
         let (width, kv_width) = (layout.query_heads * layout.head_dim, layout.kv_heads * layout.head_dim);
         let [q, k, v] = call.inputs;
-        let mut ticket = ticket(queue)?;
+        let mut ticket = Persistent::ticket(queue)?;
         let maps = [
             TensorMap::swizzled(OP, "q", q, &query_boxes(tokens, width, layout.query_stride))?,
             TensorMap::swizzled(OP, "k", k, &key_boxes::<KEYS>(tokens, kv_width, layout.key_stride))?,
             TensorMap::swizzled(OP, "v", v, &key_boxes::<KEYS>(tokens, kv_width, layout.value_stride))?,
             TensorMap::swizzled(OP, "d_o", call.d_o, &query_boxes(tokens, width, layout.output_stride))?,
         ];
-        let items = self.tiles.count as usize * heads.len();
         let int = |size: usize| Arg::from(size as i32);
         let arguments = [
             k.into(),
@@ -123,12 +121,12 @@ impl Dq {
             call.sums,
             call.first_blocks,
             call.dq,
-            DeviceRef::into(self.tiles.list.as_ref()),
+            DeviceRef::into(self.kernel.tiles.list.as_ref()),
             Arg::from(&mut ticket.as_mut()),
             int(layout.key_stride),
             int(layout.value_stride),
             int(tokens),
-            int(self.tiles.count as usize),
+            int(self.kernel.tiles.count as usize),
             int(layout.query_heads),
             int(layout.group()),
             int(heads.start),
@@ -140,7 +138,6 @@ impl Dq {
             factor.into(),
             Arg::from(spec.scale as f32),
         ];
-        let launch = persistent(queue, items, self.tuning.warpgroups, self.tuning.shared(layout.head_dim));
-        queue.launch_with_maps(&self.kernel, launch, &maps, &arguments)
+        self.kernel.launch(queue, heads.len(), &maps, &arguments)
     }
 }

@@ -4,11 +4,11 @@
 use std::ops::Range;
 
 use super::super::StickBreakingSpec;
-use super::super::cuda::{self, PIECE, Shape, Tiles};
-use super::{CONTROL_BYTES, FORWARD as OP, Turns, key_boxes, persistent, query_boxes, section, ticket, watchdog};
+use super::super::cuda::{self, PIECE, Shape};
+use super::{CONTROL_BYTES, FORWARD as OP, Persistent, Turns, key_boxes, key_bytes, query_boxes, section, watchdog};
 use crate::Result;
 use crate::attention::AttentionLayout;
-use crate::cuda::{Arg, DeviceRef, DeviceType, Kernel, Queue, Source, TensorMap};
+use crate::cuda::{Arg, DeviceRef, DeviceType, Queue, Source, TensorMap};
 
 /// Keys of a tile.
 pub(super) const TILE_KEYS: usize = 128;
@@ -97,9 +97,7 @@ impl Tuning {
 
 #[derive(Debug)]
 pub(in super::super) struct Forward {
-    tuning: Tuning,
-    kernel: Kernel,
-    tiles: Tiles,
+    kernel: Persistent,
     /// Query heads that run at a time.
     section: usize,
 }
@@ -113,9 +111,10 @@ impl Forward {
         tuning: Tuning,
     ) -> Result<Self> {
         let tiles = shape.tiles(documents, tuning.rows(), false);
-        let section = section(OP, layout, tiles.len())?;
-        let kernel = queue.gpu().kernel(&tuning.source(layout.head_dim), "stick_breaking_forward_hopper_bf16")?;
-        Ok(Self { tuning, kernel, tiles: Tiles::upload(queue, &tiles)?, section })
+        let source = (&tuning.source(layout.head_dim), "stick_breaking_forward_hopper_bf16");
+        let block = (tuning.warpgroups, tuning.shared(layout.head_dim));
+        let section = section(layout, key_bytes(layout)) * layout.group();
+        Ok(Self { kernel: Persistent::new(queue, OP, source, &tiles, layout.query_heads, block)?, section })
     }
 
     /// Everything of `call` but the logarithm.
@@ -131,13 +130,12 @@ impl Forward {
         let tokens = layout.tokens;
         let (width, kv_width) = (layout.query_heads * layout.head_dim, layout.kv_heads * layout.head_dim);
         let [q, k, v] = call.inputs;
-        let mut ticket = ticket(queue)?;
+        let mut ticket = Persistent::ticket(queue)?;
         let maps = [
             TensorMap::swizzled(OP, "q", q, &query_boxes(tokens, width, layout.query_stride))?,
             TensorMap::swizzled(OP, "k", k, &key_boxes::<TILE_KEYS>(tokens, kv_width, layout.key_stride))?,
             TensorMap::swizzled(OP, "v", v, &key_boxes::<TILE_KEYS>(tokens, kv_width, layout.value_stride))?,
         ];
-        let items = self.tiles.count as usize * layout.query_heads;
         let int = |size: usize| Arg::from(size as i32);
         let arguments = [
             k.into(),
@@ -146,13 +144,13 @@ impl Forward {
             call.rem,
             call.sticks,
             call.first_blocks,
-            DeviceRef::into(self.tiles.list.as_ref()),
+            DeviceRef::into(self.kernel.tiles.list.as_ref()),
             Arg::from(&mut ticket.as_mut()),
             int(layout.key_stride),
             int(layout.value_stride),
             int(layout.output_stride),
             int(tokens),
-            int(self.tiles.count as usize),
+            int(self.kernel.tiles.count as usize),
             int(layout.query_heads),
             int(layout.group()),
             int(self.section),
@@ -162,7 +160,6 @@ impl Forward {
             factor.into(),
             spec.threshold().into(),
         ];
-        let launch = persistent(queue, items, self.tuning.warpgroups, self.tuning.shared(layout.head_dim));
-        queue.launch_with_maps(&self.kernel, launch, &maps, &arguments)
+        self.kernel.launch(queue, layout.query_heads, &maps, &arguments)
     }
 }

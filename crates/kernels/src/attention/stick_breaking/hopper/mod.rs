@@ -4,9 +4,9 @@
 
 use std::ops::Range;
 
-use super::cuda::Shape;
+use super::cuda::{Shape, Tiles};
 use crate::attention::AttentionLayout;
-use crate::cuda::{Boxes, DeviceType, HOPPER, Launch, Queue, Scratch, Source};
+use crate::cuda::{Arg, Boxes, DeviceType, HOPPER, Kernel, Launch, Queue, Scratch, Source, TensorMap};
 use crate::{KernelError, Result};
 
 pub mod dkv;
@@ -112,29 +112,66 @@ pub(super) fn refusal(queue: &Queue, layout: &AttentionLayout) -> Option<KernelE
     None
 }
 
-/// Query heads that run at a time.
-fn section(op: &'static str, layout: &AttentionLayout, tiles: usize) -> Result<usize> {
-    let items = tiles * layout.query_heads;
-    // A ticket runs past the items by the number of blocks.
-    if items > 1 << 30 {
-        return Err(KernelError::size(op, "tiles of queries times heads", "at most 2^30", items));
+/// A kernel whose blocks, one per multiprocessor, stay for the whole launch and take items (a tile of one head) by a ticket:
+/// a producer and so many consumer warpgroups each.
+#[derive(Debug)]
+struct Persistent {
+    kernel: Kernel,
+    tiles: Tiles,
+    warpgroups: usize,
+    /// Bytes of shared memory of a block.
+    shared: usize,
+}
+
+impl Persistent {
+    /// For launches over at most `heads` heads.
+    fn new(
+        queue: &Queue,
+        op: &'static str,
+        (source, entry): (&Source, &'static str),
+        tiles: &[[i32; 5]],
+        heads: usize,
+        (warpgroups, shared): (usize, usize),
+    ) -> Result<Self> {
+        let items = tiles.len() * heads;
+        // A ticket runs past the items by the number of blocks.
+        if items > 1 << 30 {
+            return Err(KernelError::size(op, "tiles times heads", "at most 2^30", items));
+        }
+        let kernel = queue.gpu().kernel(source, entry)?;
+        Ok(Self { kernel, tiles: Tiles::upload(queue, tiles)?, warpgroups, shared })
     }
-    let head_bytes = 2 * layout.tokens * layout.head_dim * DeviceType::Bf16.size();
-    Ok((SECTION_BYTES / head_bytes).clamp(1, layout.kv_heads) * layout.group())
+
+    /// Where the blocks of a launch take their items; each starts with the one of its own number. Comes before tensor maps,
+    /// because it binds the device to this thread, which they need.
+    fn ticket(queue: &Queue) -> Result<Scratch> {
+        let mut ticket = queue.scratch(DeviceType::U32, 1)?;
+        queue.zero(&mut ticket.as_mut())?;
+        Ok(ticket)
+    }
+
+    /// Over so many heads.
+    fn launch(&self, queue: &Queue, heads: usize, maps: &[TensorMap<'_>], arguments: &[Arg]) -> Result<()> {
+        let items = self.tiles.count as usize * heads;
+        let blocks = items.min(queue.gpu().multiprocessors() as usize);
+        let block = 128 * (self.warpgroups as u32 + 1);
+        queue.launch_with_maps(
+            &self.kernel,
+            Launch { grid: [blocks as u32, 1, 1], block, shared: self.shared },
+            maps,
+            arguments,
+        )
+    }
 }
 
-/// Where the blocks of a launch take their items; each starts with the one of its own number. Comes before tensor maps,
-/// because it binds the device to this thread, which they need.
-fn ticket(queue: &Queue) -> Result<Scratch> {
-    let mut ticket = queue.scratch(DeviceType::U32, 1)?;
-    queue.zero(&mut ticket.as_mut())?;
-    Ok(ticket)
+/// Key/value heads that run at a time, if each of them reads so many bytes again and again.
+fn section(layout: &AttentionLayout, head_bytes: usize) -> usize {
+    (SECTION_BYTES / head_bytes.max(1)).clamp(1, layout.kv_heads.max(1))
 }
 
-/// A launch of blocks that stay: a producer and so many consumer warpgroups each.
-fn persistent(queue: &Queue, items: usize, warpgroups: usize, shared: usize) -> Launch {
-    let blocks = items.min(queue.gpu().multiprocessors() as usize);
-    Launch { grid: [blocks as u32, 1, 1], block: 128 * (warpgroups as u32 + 1), shared }
+/// Bytes of the keys and values of one head.
+fn key_bytes(layout: &AttentionLayout) -> usize {
+    2 * layout.tokens * layout.head_dim * DeviceType::Bf16.size()
 }
 
 /// The define that limits waits, in nanoseconds: far longer than any tile takes.

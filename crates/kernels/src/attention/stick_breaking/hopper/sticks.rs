@@ -4,11 +4,11 @@
 use std::ops::Range;
 
 use super::super::StickBreakingSpec;
-use super::super::cuda::{PIECE, Shape, Tiles};
-use super::{BACKWARD as OP, CONTROL_BYTES, key_boxes, persistent, query_boxes, section, ticket, watchdog};
+use super::super::cuda::{PIECE, Shape};
+use super::{BACKWARD as OP, CONTROL_BYTES, Persistent, key_boxes, key_bytes, query_boxes, section, watchdog};
 use crate::Result;
 use crate::attention::AttentionLayout;
-use crate::cuda::{Arg, DeviceRef, DeviceType, Kernel, Queue, Source, TensorMap};
+use crate::cuda::{Arg, DeviceRef, DeviceType, Queue, Source, TensorMap};
 
 /// Keys of a tile.
 const TILE_KEYS: usize = 128;
@@ -67,9 +67,7 @@ impl Tuning {
 
 #[derive(Debug)]
 pub(in super::super) struct Sticks {
-    tuning: Tuning,
-    kernel: Kernel,
-    tiles: Tiles,
+    kernel: Persistent,
     /// Query heads that run at a time.
     section: usize,
 }
@@ -83,9 +81,10 @@ impl Sticks {
         tuning: Tuning,
     ) -> Result<Self> {
         let tiles = shape.tiles(documents, tuning.rows(), false);
-        let section = section(OP, layout, tiles.len())?;
-        let kernel = queue.gpu().kernel(&tuning.source(layout.head_dim), "stick_breaking_sticks_hopper_bf16")?;
-        Ok(Self { tuning, kernel, tiles: Tiles::upload(queue, &tiles)?, section })
+        let source = (&tuning.source(layout.head_dim), "stick_breaking_sticks_hopper_bf16");
+        let block = (tuning.warpgroups, tuning.shared(layout.head_dim));
+        let section = section(layout, key_bytes(layout)) * layout.group();
+        Ok(Self { kernel: Persistent::new(queue, OP, source, &tiles, layout.query_heads, block)?, section })
     }
 
     /// Writes the state of the query heads `heads` to `sticks`.
@@ -104,7 +103,7 @@ impl Sticks {
         let layout = &spec.layout;
         let tokens = layout.tokens;
         let (width, kv_width) = (layout.query_heads * layout.head_dim, layout.kv_heads * layout.head_dim);
-        let mut ticket = ticket(queue)?;
+        let mut ticket = Persistent::ticket(queue)?;
         let maps = [
             TensorMap::swizzled(OP, "q", q, &query_boxes(tokens, width, layout.query_stride))?,
             TensorMap::swizzled(OP, "k", k, &key_boxes::<TILE_KEYS>(tokens, kv_width, layout.key_stride))?,
@@ -114,11 +113,11 @@ impl Sticks {
             k.into(),
             sticks,
             first_blocks,
-            DeviceRef::into(self.tiles.list.as_ref()),
+            DeviceRef::into(self.kernel.tiles.list.as_ref()),
             Arg::from(&mut ticket.as_mut()),
             int(layout.key_stride),
             int(tokens),
-            int(self.tiles.count as usize),
+            int(self.kernel.tiles.count as usize),
             int(layout.group()),
             int(heads.start),
             int(heads.len()),
@@ -128,8 +127,6 @@ impl Sticks {
             int(usize::from(spec.attend_current)),
             factor.into(),
         ];
-        let items = self.tiles.count as usize * heads.len();
-        let launch = persistent(queue, items, self.tuning.warpgroups, self.tuning.shared(layout.head_dim));
-        queue.launch_with_maps(&self.kernel, launch, &maps, &arguments)
+        self.kernel.launch(queue, heads.len(), &maps, &arguments)
     }
 }
