@@ -1,5 +1,7 @@
 //! Every kernel, compiled for every architecture that is supported. Needs NVRTC, no GPU.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use stickbreak_kernels::attention::stick_breaking::hopper::{forward::Tuning, probe};
 use stickbreak_kernels::cuda::{all_sources, compile::problems};
 
@@ -16,15 +18,26 @@ fn every_kernel_compiles_without_spills_or_warnings() {
         if architecture == "sm_90a" {
             sources.extend([64, 128].map(|head_dim| probe::source(head_dim, &Tuning::new(head_dim))));
         }
-        for source in &sources {
-            match source.compile_uncached(architecture) {
-                Ok(compiled) => {
-                    let found = problems(&compiled.log);
-                    complaints.extend(found.into_iter().map(|p| format!("{} {architecture}: {p}", source.describe())));
+        // One compiler a processor.
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut found = Vec::new();
+            while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
+                match source.compile_uncached(architecture) {
+                    Ok(compiled) => {
+                        let named = |problem| format!("{} {architecture}: {problem}", source.describe());
+                        found.extend(problems(&compiled.log).into_iter().map(named));
+                    }
+                    Err(error) => found.push(error.to_string()),
                 }
-                Err(error) => complaints.push(error.to_string()),
             }
-        }
+            found
+        };
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            complaints.extend(threads.into_iter().flat_map(|thread| thread.join().expect("no compiler panics")));
+        });
         println!("{} sources for {architecture}", sources.len());
     }
     assert!(complaints.is_empty(), "{}", complaints.join("\n"));
