@@ -41,20 +41,8 @@ DEVICE bool barrier_passed(u32 barrier, u32 parity) {
     return passed != 0;
 }
 // Waits until the phase of this parity is complete. A barrier starts in phase 0, as if the phase of parity 1 were complete.
-// With WATCHDOG, a wait of more than so many nanoseconds ends the kernel with an error.
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
-#ifdef WATCHDOG
-    auto now = [] {
-        u64 time;
-        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
-        return time;
-    };
-    const u64 begun = now();
-    while (!barrier_passed(barrier, parity))
-        if (now() - begun > WATCHDOG) __trap();
-#else
     while (!barrier_passed(barrier, parity)) {}
-#endif
 }
 // Makes initialised barriers visible to copies. A barrier of the block has to follow.
 DEVICE void barriers_ready() {
@@ -112,6 +100,9 @@ template <int keys> constexpr __device__ int permuted_key(int row) {
 
 // ------------------------------------------------------------------------------------------------ registers
 
+// Of a thread at launch, when a block of so many threads has a multiprocessor to itself: what the block's threads pass on to
+// one another.
+constexpr __device__ int launch_registers(int threads) { return 65536 / threads / 8 * 8; }
 template <int count> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count)); }
 template <int count> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)); }
 

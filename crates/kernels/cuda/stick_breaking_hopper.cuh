@@ -69,3 +69,40 @@ DEVICE float newer_product(float x) {
     if (c >= 2) second = 1.0f;
     return next * second;
 }
+// Over the quad's lanes of older keys (smaller c): the sum.
+DEVICE float older_sum(float x) {
+    const int c = threadIdx.x & 3;
+    float next = __shfl_up_sync(FULL_MASK, x, 1, 4);
+    if (c == 0) next = 0.0f;
+    float second = __shfl_up_sync(FULL_MASK, x + next, 2, 4);
+    if (c < 2) second = 0.0f;
+    return next + second;
+}
+
+// d = left right^T over HEAD_DIM columns: tiles in shared memory, whose chunks of 64 columns are so many bytes apart.
+template <int left_chunk, int right_chunk, int count> DEVICE void multiply_rows(float (&d)[count], u64 left, u64 right) {
+#pragma unroll
+    for (int step = 0; step < HEAD_DIM / 16; step++) {
+        const u64 a = operand_at(left, step / 4 * left_chunk + step % 4 * 32);
+        const u64 b = operand_at(right, step / 4 * right_chunk + step % 4 * 32);
+        if (step == 0) {
+            multiply_shared<false>(d, a, b);
+        } else {
+            multiply_shared<true>(d, a, b);
+        }
+    }
+}
+
+// Row r (of the lane's two) of 64 x HEAD_DIM accumulators times `factor`, rounded; `to` is the row's place in global memory,
+// 8 elements further for each lane of the quad. All of them take part, whether the row is wanted or not.
+DEVICE void store_row(bf16* to, const float (&d)[HEAD_DIM / 2], int r, float factor, bool wanted) {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 32; i++) {
+        u32 w[4];
+#pragma unroll
+        for (int x = 0; x < 4; x++)
+            w[x] = pack_bf16(d[16 * i + 4 * x + 2 * r] * factor, d[16 * i + 4 * x + 2 * r + 1] * factor);
+        transpose_quad(w);
+        if (wanted) *(uint4*)(to + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+}

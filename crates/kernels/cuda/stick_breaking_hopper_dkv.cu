@@ -57,8 +57,8 @@ constexpr int TILE_BYTES = COLUMN_CHUNKS * CHUNK_BYTES;
 constexpr int ROWS = KEYS * WARPGROUPS;
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
 // Registers of a producer thread and of a consumer thread: together what the block is launched with.
-constexpr int PRODUCER_REGISTERS = WARPGROUPS > 2 ? 32 : 24, CONSUMER_REGISTERS = WARPGROUPS > 2 ? 160 : 240;
-static_assert(PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS <= (WARPGROUPS > 2 ? 512 : 504), "too many registers");
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+static_assert(PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS <= (1 + WARPGROUPS) * launch_registers(THREADS), "too many registers");
 // Keys of a block, and scores of a row, that one lane owns.
 constexpr int OWN = KEYS / 4;
 
@@ -88,8 +88,8 @@ struct Control {
     // The piece in each stage, and what it is to each warpgroup.
     int piece[STAGES], use[STAGES][WARPGROUPS];
     Item items[WARPGROUPS];
-    // The producer's next item, and whether all items are done.
-    int next, finished;
+    // The producer's next item.
+    int next;
 };
 static_assert(sizeof(Control) <= STAGES * WARPGROUPS * 512 + 512, "the host reserves so much");
 
@@ -120,20 +120,6 @@ DEVICE int previous_place(int place) { return place == 0 ? PLACES - 1 : place - 
 
 // ------------------------------------------------------------------------------------------------ products
 
-// d = left right^T for two tiles of 64 rows.
-DEVICE void multiply_rows(float (&d)[32], u32 left, u32 right) {
-    const u64 a = operand(left, 0), b = operand(right, 0);
-#pragma unroll
-    for (int step = 0; step < HEAD_DIM / 16; step++) {
-        const int bytes = step / 4 * CHUNK_BYTES + step % 4 * 32;
-        if (step == 0) {
-            multiply_shared<false>(d, operand_at(a, bytes), operand_at(b, bytes));
-        } else {
-            multiply_shared<true>(d, operand_at(a, bytes), operand_at(b, bytes));
-        }
-    }
-    products_commit();
-}
 // d += scores^T rows: 64 x 64 scores, 64 rows of all dimensions.
 DEVICE void add_products(float (&d)[HEAD_DIM / 2], u32 scores, u32 rows) {
     const u64 a = operand(scores, 0), b = operand(rows, CHUNK_BYTES);
@@ -253,25 +239,7 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
             barrier_arrive(shared_address(&control.keys_full[w]));
         }
     }
-    if (lane == 0) *(volatile int*)&control.finished = 1;
 }
-
-#ifdef LIMIT
-// Ends the kernel with an error if it waits, or works, for more than LIMIT nanoseconds (below 2^32). A warp does so that has
-// nothing else to do, because a look at the clock in every wait would take registers that the others do not have.
-DEVICE void watch(const Control& control) {
-    auto now = [] {
-        u32 time;
-        asm volatile("mov.u32 %0, %globaltimer_lo;" : "=r"(time));
-        return time;
-    };
-    const u32 begun = now();
-    while (!*(const volatile int*)&control.finished) {
-        if (now() - begun > LIMIT) __trap();
-        __nanosleep(1000);
-    }
-}
-#endif
 
 // ------------------------------------------------------------------------------------------------ consumers
 
@@ -280,16 +248,6 @@ DEVICE int thread_again() {
     int x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x;
-}
-
-// Over the quad's lanes of older keys (smaller c): the sum.
-DEVICE float older_sum(float x) {
-    const int c = threadIdx.x & 3;
-    float next = __shfl_up_sync(FULL_MASK, x, 1, 4);
-    if (c == 0) next = 0.0f;
-    float second = __shfl_up_sync(FULL_MASK, x + next, 2, 4);
-    if (c < 2) second = 0.0f;
-    return next + second;
 }
 
 // Scores to odds e, which may take their place, keep = 1 / (1 + e) = 1 - beta, and what the quad's lanes of newer keys
@@ -389,15 +347,7 @@ DEVICE void write_block(bf16* to, int stride, int valid, const float (&d)[HEAD_D
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int key = permuted_key<KEYS>(row + 8 * r);
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 32; i++) {
-            u32 w[4];
-#pragma unroll
-            for (int x = 0; x < 4; x++)
-                w[x] = pack_bf16(d[16 * i + 4 * x + 2 * r] * factor, d[16 * i + 4 * x + 2 * r + 1] * factor);
-            transpose_quad(w);
-            if (key < valid) *(uint4*)(to + (i64)key * stride + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);
-        }
+        store_row(to + (i64)key * stride, d, r, factor, key < valid);
     }
 }
 
@@ -516,7 +466,8 @@ DEVICE void consume(const Backward& p, u8* shared) {
 
         auto start_scores = [&](int place) {
             products_begin();
-            multiply_rows(s, stage_at(place), k_shared);
+            multiply_rows<CHUNK_BYTES, CHUNK_BYTES>(s, operand(stage_at(place), 0), operand(k_shared, 0));
+            products_commit();
         };
         while (find()) {
             if (use == AT_EDGE) complete();
@@ -529,7 +480,8 @@ DEVICE void consume(const Backward& p, u8* shared) {
             bool ahead = false;
             do {
                 products_begin();
-                multiply_rows(g, stage_at(at) + TILE_BYTES, v_shared);
+                multiply_rows<CHUNK_BYTES, CHUNK_BYTES>(g, operand(stage_at(at) + TILE_BYTES, 0), operand(v_shared, 0));
+                products_commit();
                 pass_turn();
                 if (!OVERLAP) {
                     products_wait<1>();
@@ -611,16 +563,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stick_breaking_backward
             barrier_init(shared_address(&control.full[stage]), 1);
             barrier_init(shared_address(&control.empty[stage]), 4 * WARPGROUPS);
         }
-        control.finished = 0;
         barriers_ready();
     }
     __syncthreads();
     if (threadIdx.x < 128) {
         fewer_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x < 32) produce(p, q_map, g_map, k_map, v_map, shared);
-#ifdef LIMIT
-        if (threadIdx.x == 32) watch(control);
-#endif
     } else {
         more_registers<CONSUMER_REGISTERS>();
         consume(p, shared);

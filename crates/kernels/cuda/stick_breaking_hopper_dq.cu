@@ -12,8 +12,8 @@
 // without a word; a warpgroup passes over those that only other pieces need.
 //
 // Memory past the rows of a document. What lies in Q and dO behind the document's last row only reaches rows of dq that are
-// not written. Keys behind it are zeroed in shared memory. A tensor map reads no further than the tensor; the last block of
-// the last document may reach past it, and is copied by ordinary loads with zeros behind.
+// not written and to sums that nobody reads. Keys behind it are zeroed in shared memory. A tensor map reads no further than
+// the tensor; blocks that start within its last 64 rows are copied by ordinary loads with zeros behind.
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 64
@@ -41,7 +41,7 @@ constexpr int TILE_BYTES = COLUMN_CHUNKS * CHUNK_BYTES;
 constexpr int ROWS = PIECE * WARPGROUPS;
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
 constexpr int PRODUCER_REGISTERS = WARPGROUPS > 2 ? 32 : 40, CONSUMER_REGISTERS = WARPGROUPS > 2 ? 160 : 232;
-static_assert(128 * (PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS) <= 65536, "too many registers");
+static_assert(PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS <= (1 + WARPGROUPS) * launch_registers(THREADS), "too many registers");
 
 struct Item {
     Tile tile;
@@ -267,26 +267,10 @@ DEVICE void consume(const Backward& p, u8* shared) {
     // z = Q K^T and, after it, dp = dO V^T with the block of a stage.
     auto start_scores = [&](int stage) {
         const u64 k_operand = operand(ring + stage * STAGE_BYTES, 0);
-#pragma unroll
-        for (int step = 0; step < HEAD_DIM / 16; step++) {
-            const int byte = step / 4 * CHUNK_BYTES + step % 4 * 32;
-            if (step == 0) {
-                multiply_shared<false>(z, operand_at(q_operand, byte), operand_at(k_operand, byte));
-            } else {
-                multiply_shared<true>(z, operand_at(q_operand, byte), operand_at(k_operand, byte));
-            }
-        }
+        multiply_rows<CHUNK_BYTES, CHUNK_BYTES>(z, q_operand, k_operand);
         products_commit();
         const u64 v_operand = operand(ring + stage * STAGE_BYTES + TILE_BYTES, 0);
-#pragma unroll
-        for (int step = 0; step < HEAD_DIM / 16; step++) {
-            const int byte = step / 4 * CHUNK_BYTES + step % 4 * 32;
-            if (step == 0) {
-                multiply_shared<false>(dp, operand_at(do_operand, byte), operand_at(v_operand, byte));
-            } else {
-                multiply_shared<true>(dp, operand_at(do_operand, byte), operand_at(v_operand, byte));
-            }
-        }
+        multiply_rows<CHUNK_BYTES, CHUNK_BYTES>(dp, do_operand, v_operand);
         products_commit();
     };
     // dq += dz K with the block of a stage.
@@ -420,14 +404,7 @@ DEVICE void consume(const Backward& p, u8* shared) {
         for (int r = 0; r < 2; r++) {
             const int to_row = row + 8 * r;
             bf16* to = p.dq + (tile.start + to_row) * stride + head * HEAD_DIM + c * 8;
-#pragma unroll
-            for (int i = 0; i < HEAD_DIM / 32; i++) {
-                u32 w[4];
-#pragma unroll
-                for (int x = 0; x < 4; x++) w[x] = pack_bf16(dq[16 * i + 4 * x + 2 * r] * p.scale, dq[16 * i + 4 * x + 2 * r + 1] * p.scale);
-                transpose_quad(w);
-                if (to_row < tile.length) *(uint4*)(to + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);
-            }
+            store_row(to, dq, r, p.scale, to_row < tile.length);
         }
     }
 }

@@ -13,8 +13,8 @@
 // with early exit each stops by itself. The producer stops when all have stopped, at most a few stages late: what is copied
 // depends on timing then, what is used does not.
 //
-// Memory past the rows of a document. A tensor map reads no further than the tensor; the last tile of the last document may
-// reach past it, and is copied by ordinary loads with zeros behind. Rows of the next document in Q and V are zeroed in
+// Memory past the rows of a document. A tensor map reads no further than the tensor; tiles that start within its last 128 rows
+// are copied by ordinary loads with zeros behind. Rows of the next document in Q and V are zeroed in
 // shared memory, and hidden in K, so that not even a NaN passes from one document to another.
 
 #ifndef HEAD_DIM
@@ -29,7 +29,7 @@
 #endif
 // Keys of one row that share a reciprocal.
 #ifndef CHUNK
-#define CHUNK 4
+#define CHUNK (HEAD_DIM > 64 ? 4 : 8)
 #endif
 // 1: a warpgroup scans a tile while its product before that is under way, which takes 32 registers more.
 #ifndef OVERLAP
@@ -38,7 +38,7 @@
 // 1: the warpgroups take turns in starting their products. 2: and the next one's turn comes when the scores are there, so that
 // its products do not mix with these.
 #ifndef TURNS
-#define TURNS 0
+#define TURNS (HEAD_DIM > 64 ? 0 : 1)
 #endif
 
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one or two chunks of 64 columns");
@@ -51,9 +51,9 @@ constexpr int KEY_CHUNK_BYTES = TILE_KEYS * 128, QUERY_CHUNK_BYTES = PIECE * 128
 constexpr int TILE_BYTES = COLUMN_CHUNKS * KEY_CHUNK_BYTES, PIECE_BYTES = COLUMN_CHUNKS * QUERY_CHUNK_BYTES;
 constexpr int ROWS = PIECE * WARPGROUPS;
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
-// Registers of a producer thread and of a consumer thread: together at most what a multiprocessor has.
+// Registers of a producer thread and of a consumer thread: together at most what the block is launched with.
 constexpr int PRODUCER_REGISTERS = WARPGROUPS > 2 ? 32 : 40, CONSUMER_REGISTERS = WARPGROUPS > 2 ? 160 : 232;
-static_assert(128 * (PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS) <= 65536, "too many registers");
+static_assert(PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS <= (1 + WARPGROUPS) * launch_registers(THREADS), "too many registers");
 
 // In place of a tile's number: no older tile of the item follows.
 constexpr int NO_MORE = -1;
@@ -336,17 +336,7 @@ DEVICE void consume(const Forward& p, u8* shared) {
     // s = Q K^T of the tile of K that is next.
     auto start_scores = [&]() {
         const u64 k_operand = operand(k_shared + k_at.stage * TILE_BYTES, 0);
-#pragma unroll
-        for (int step = 0; step < HEAD_DIM / 16; step++) {
-            const int chunk = step / 4, byte = step % 4 * 32;
-            const u64 a = operand_at(q_operand, chunk * QUERY_CHUNK_BYTES + byte);
-            const u64 b = operand_at(k_operand, chunk * KEY_CHUNK_BYTES + byte);
-            if (step == 0) {
-                multiply_shared<false>(s, a, b);
-            } else {
-                multiply_shared<true>(s, a, b);
-            }
-        }
+        multiply_rows<QUERY_CHUNK_BYTES, KEY_CHUNK_BYTES>(s, q_operand, k_operand);
         products_commit();
     };
     // o += weights V with the tile of V that is next.
@@ -517,14 +507,7 @@ DEVICE void consume(const Forward& p, u8* shared) {
             const bool in = at < tile.length;
             if (p.rem != nullptr && c == 0 && in) p.rem[(i64)(tile.start + at) * p.heads + head] = stick[r];
             bf16* to = p.o + (i64)(tile.start + at) * p.output_stride + head * HEAD_DIM + c * 8;
-#pragma unroll
-            for (int i = 0; i < HEAD_DIM / 32; i++) {
-                u32 w[4];
-#pragma unroll
-                for (int x = 0; x < 4; x++) w[x] = pack_bf16(o[16 * i + 4 * x + 2 * r], o[16 * i + 4 * x + 2 * r + 1]);
-                transpose_quad(w);
-                if (in) *(uint4*)(to + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);
-            }
+            store_row(to, o, r, 1.0f, in);
         }
     }
 }

@@ -7,6 +7,10 @@
 // per item, then K in tiles of 128 keys from the newest to the oldest through a ring of stages, permuted as everywhere
 // (hopper.cuh). While one warpgroup scans a tile, the products of the others run on the tensor cores. All agree on the
 // tiles of an item without a word, and a warpgroup passes over those that only other pieces need.
+//
+// Memory past the rows of a document. What lies in Q behind the document's last row only reaches rows without a stick, whose
+// state nobody reads; keys behind it are hidden. A tensor map reads no further than the tensor; tiles that start within its last
+// 128 rows are copied by ordinary loads with zeros behind.
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 64
@@ -34,7 +38,7 @@ constexpr int TILE_BYTES = COLUMN_CHUNKS * KEY_CHUNK_BYTES, PIECE_BYTES = COLUMN
 constexpr int ROWS = PIECE * WARPGROUPS;
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
 constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = WARPGROUPS > 3 ? 112 : WARPGROUPS > 2 ? 152 : 208;
-static_assert(128 * (PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS) <= 65536, "too many registers");
+static_assert(PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS <= (1 + WARPGROUPS) * launch_registers(THREADS), "too many registers");
 
 struct Item {
     Tile tile;
@@ -164,7 +168,8 @@ DEVICE void break_sticks(float (&s)[TILE_KEYS / 2], float factor, float (&stick)
                 w = x == chunk * ch ? 1.0f + e : fmaf(w, e, w);
             }
             const float inverse = rcp_approx(w);
-            fine = fine && inverse >= least;
+            // A row without a stick, as those of another document behind this one, has no say in how its warp goes on.
+            fine = fine && (inverse >= least || stick[r] == 0.0f);
             total[r] = ch == 0 ? inverse : total[r] * inverse;
         }
     if (!__all_sync(FULL_MASK, fine)) {
@@ -249,16 +254,7 @@ DEVICE void consume(const Sticks& p, u8* shared) {
             float s[TILE_KEYS / 2];
             const u64 k_operand = operand(ring + at.stage * TILE_BYTES, 0);
             products_begin();
-#pragma unroll
-            for (int step = 0; step < HEAD_DIM / 16; step++) {
-                const u64 a = operand_at(q_operand, step / 4 * QUERY_CHUNK_BYTES + step % 4 * 32);
-                const u64 b = operand_at(k_operand, step / 4 * KEY_CHUNK_BYTES + step % 4 * 32);
-                if (step == 0) {
-                    multiply_shared<false>(s, a, b);
-                } else {
-                    multiply_shared<true>(s, a, b);
-                }
-            }
+            multiply_rows<QUERY_CHUNK_BYTES, KEY_CHUNK_BYTES>(s, q_operand, k_operand);
             products_commit();
             products_wait<0>();
             pin(s);
