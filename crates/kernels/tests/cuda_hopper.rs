@@ -1,5 +1,5 @@
-//! The Hopper kernels of stick-breaking attention against the portable ones and the dense float64 reference; either with
-//! the other's state; and their parts alone. Prints a line per case; run with `--nocapture`.
+//! The Hopper kernels of stick-breaking attention against the portable ones and the dense float64 reference, with a state that
+//! was kept and one that is rebuilt; either with the other's state; and their parts alone. Prints a line per case; run with `--nocapture`.
 
 mod attention_support;
 mod cuda_support;
@@ -54,6 +54,11 @@ fn run(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64>, kernels:
     Found { tensors, rem: download(queue, &rem), saved }
 }
 
+/// All Hopper kernels, the one that rebuilds the state among them.
+fn rebuilding(head_dim: usize) -> Kernels {
+    Kernels::Hopper(Choice { rebuild: true, ..Choice::new(head_dim) })
+}
+
 /// Cases with their errors, and what was wrong.
 struct Table {
     queue: Queue,
@@ -86,6 +91,7 @@ impl Table {
         let hopper = Kernels::Hopper(Choice::new(head_dim));
         let found = run(&self.queue, spec, problem, hopper);
         let again = run(&self.queue, spec, problem, hopper);
+        let rebuilt = run(&self.queue, spec, problem, rebuilding(head_dim));
         let portable = run(&self.queue, spec, problem, Kernels::Portable);
         let out = reference::forward(&dense, &problem.inputs()).unwrap();
         let gradients = reference::backward(&dense, &problem.inputs(), &problem.d_o, Some(&problem.d_rem)).unwrap();
@@ -102,7 +108,12 @@ impl Table {
             // Where the portable kernel, whose bounds are tested elsewhere, has an error of its own, the same is allowed.
             let fine = found.tensor <= (1.1 * portable.tensor).max(4e-3) && found.row <= (1.5 * portable.row).max(2e-2);
             self.expect(&name, fine, || format!("{what} {found:?}, portable {portable:?}"));
+            let found = of(&rebuilt, i);
+            let fine = found.tensor <= (1.1 * portable.tensor).max(4e-3) && found.row <= (1.5 * portable.row).max(2e-2);
+            self.expect(&name, fine, || format!("{what} by a rebuilt state {found:?}, portable {portable:?}"));
         }
+        let less = rebuilt.saved.bytes() < found.saved.bytes();
+        self.expect(&name, less, || "the state was not rebuilt, or had not been kept".into());
         let exit = if spec.early_exit_bits == 0 { 0.0 } else { (-f64::from(spec.early_exit_bits)).exp2() };
         self.expect(&name, rem.tensor <= 2e-5 + exit && rem.row <= 1e-4 + exit, || format!("rem {rem:?}"));
         self.expect(&name, between.tensor <= 2e-3 + exit, || format!("o against portable {between:?}"));
@@ -311,6 +322,39 @@ fn b4_early_exit() {
         let (visited, causal) = saved.visited_tiles(&table.queue).unwrap();
         table.expect("never broken", visited == [causal], || format!("{visited:?} of {causal}"));
     }
+    // Sticks that last for some tiles: longer ones with more bits.
+    for (head_dim, shift) in [(64, 5.5), (128, 6.5)] {
+        let mut problem = exact(&[1500], (2, 1), head_dim, 0.5);
+        for token in 0..1500 {
+            problem.k[token * head_dim] = -shift;
+            for head in 0..2 {
+                problem.q[(token * 2 + head) * head_dim] = shift;
+            }
+        }
+        let layout = problem.layout;
+        for attend_current in [false, true] {
+            let spec = StickBreakingSpec { attend_current, early_exit_bits: 20, ..StickBreakingSpec::new(layout) };
+            table.check("slowly broken", &spec, &problem);
+        }
+        let dense = reference::forward(&StickBreakingSpec::new(layout), &problem.inputs()).unwrap();
+        let mut fewer = 0;
+        for bits in [12, 20] {
+            let name = format!("slowly broken, head dim {head_dim}, exit {bits}");
+            let _watchdog = Watchdog::new(&name, PATIENCE);
+            let spec = StickBreakingSpec { early_exit_bits: bits, ..StickBreakingSpec::new(layout) };
+            let found = run(&table.queue, &spec, &problem, Kernels::Hopper(Choice::new(head_dim)));
+            let (visited, causal) = found.saved.visited_tiles(&table.queue).unwrap();
+            println!("    visited {visited:?} of {causal} | {name}");
+            let between = visited.iter().all(|&count| fewer < count && count < causal);
+            table.expect(&name, between, || format!("visited {visited:?} of {causal}, {fewer} with fewer bits"));
+            fewer = visited.into_iter().max().unwrap_or(0);
+            // A row is left when at most 2^-bits of its stick is left.
+            let most = (-f64::from(bits)).exp2();
+            let fine =
+                wide(&found.rem).iter().zip(&dense.rem).all(|(found, dense)| (found - dense).abs() <= most + 1e-5);
+            table.expect(&name, fine, || "a stick was given up too early".into());
+        }
+    }
     table.done();
 }
 
@@ -354,18 +398,19 @@ fn b6_documents_do_not_leak() {
             let name = format!("leaks, head dim {head_dim}, exit {bits}");
             let problem = exact(&[330, 157, 290], (4, 2), head_dim, 1.0);
             let spec = StickBreakingSpec { early_exit_bits: bits, ..StickBreakingSpec::new(problem.layout) };
-            let kernels = Kernels::Hopper(Choice::new(head_dim));
-            let one = run(&table.queue, &spec, &problem, kernels);
-            let mut other = problem.clone();
-            for (values, heads) in [(&mut other.q, 4), (&mut other.k, 2), (&mut other.v, 2)] {
-                values[330 * heads * head_dim..487 * heads * head_dim].fill(f64::NAN);
-            }
-            let two = run(&table.queue, &spec, &other, kernels);
-            for (i, (a, b)) in one.tensors.iter().zip(&two.tensors).enumerate() {
-                let (from, to) = (a.len() / 777 * 330, a.len() / 777 * 487);
-                let same = same_bits(&a[..from], &b[..from]) && same_bits(&a[to..], &b[to..]);
-                table.expect(&name, same, || format!("tensor {i} differs outside the document"));
-                table.expect(&name, b[from..to].iter().any(|x| x.is_nan()), || format!("tensor {i} shows no NaN"));
+            for kernels in [Kernels::Hopper(Choice::new(head_dim)), rebuilding(head_dim)] {
+                let one = run(&table.queue, &spec, &problem, kernels);
+                let mut other = problem.clone();
+                for (values, heads) in [(&mut other.q, 4), (&mut other.k, 2), (&mut other.v, 2)] {
+                    values[330 * heads * head_dim..487 * heads * head_dim].fill(f64::NAN);
+                }
+                let two = run(&table.queue, &spec, &other, kernels);
+                for (i, (a, b)) in one.tensors.iter().zip(&two.tensors).enumerate() {
+                    let (from, to) = (a.len() / 777 * 330, a.len() / 777 * 487);
+                    let same = same_bits(&a[..from], &b[..from]) && same_bits(&a[to..], &b[to..]);
+                    table.expect(&name, same, || format!("tensor {i} differs outside the document"));
+                    table.expect(&name, b[from..to].iter().any(|x| x.is_nan()), || format!("tensor {i} shows no NaN"));
+                }
             }
         }
     }
@@ -457,33 +502,45 @@ fn c1_heads_in_several_launches() {
     let (tokens, heads, kv_heads, head_dim) = (16684, 64, 2, 64);
     let layout = AttentionLayout::contiguous(tokens, heads, kv_heads, head_dim);
     let documents = [0, 300, 16684];
-    // Small scores, so that sticks last.
-    let spec = StickBreakingSpec { scale: 1.0 / 64.0, ..StickBreakingSpec::new(layout) };
     let (width, kv_width) = (tokens * heads * head_dim, tokens * kv_heads * head_dim);
     let [q, k, v, d_o] = [(width, 1), (kv_width, 2), (kv_width, 3), (width, 4)]
         .map(|(count, seed)| table.queue.upload(&many(count, seed)).unwrap());
-    let mut found = Vec::new();
-    for kernels in [Kernels::Portable, Kernels::Hopper(Choice::new(head_dim))] {
-        let _watchdog = Watchdog::new("several launches", PATIENCE);
-        let queue = &table.queue;
-        let plan = Plan::with_kernels(queue, &spec, &documents, DeviceType::Bf16, kernels).unwrap();
-        let [mut o, mut dq, mut dk, mut dv] =
-            [width, width, kv_width, kv_width].map(|len| queue.scratch(DeviceType::Bf16, len).unwrap());
-        let (q, k, v) = (q.as_ref(), k.as_ref(), v.as_ref());
-        let saved = plan.forward(queue, q, k, v, &mut o.as_mut(), None, None, true).unwrap().unwrap();
-        let gradients = [dq.as_mut(), dk.as_mut(), dv.as_mut()];
-        let times = plan.time_backward(queue, [q, k, v], d_o.as_ref(), &saved, gradients).unwrap();
-        println!("{times:?}");
-        let launches = times.iter().filter(|(name, _)| *name == "dk, dv").count();
-        table.expect("several launches", launches == 2, || format!("{launches} launches"));
-        found.push([&dk, &dv].map(|memory| wide(&download::<bf16>(&table.queue, memory))));
-    }
-    for (i, what) in ["dk", "dv"].iter().enumerate() {
-        let between = errors(&found[1][i], &found[0][i], head_dim);
-        println!("{what} against portable {between:?}");
-        table.expect("several launches", between.tensor <= 3e-3 && between.row <= 3e-2, || {
-            format!("{what} {between:?}")
-        });
+    let drem: Vec<f32> = many(tokens * heads, 5).iter().map(|x| x.to_f32()).collect();
+    let drem = table.queue.upload(&drem).unwrap();
+    for early_exit_bits in [0, 24] {
+        let spec = StickBreakingSpec { scale: 1.0 / 64.0, early_exit_bits, ..StickBreakingSpec::new(layout) };
+        let mut found = Vec::new();
+        for kernels in [Kernels::Portable, Kernels::Hopper(Choice::new(head_dim))] {
+            let _watchdog = Watchdog::new("several launches", PATIENCE);
+            let queue = &table.queue;
+            let plan = Plan::with_kernels(queue, &spec, &documents, DeviceType::Bf16, kernels).unwrap();
+            let [mut o, mut dq, mut dk, mut dv] =
+                [width, width, kv_width, kv_width].map(|len| queue.scratch(DeviceType::Bf16, len).unwrap());
+            let (q, k, v, d_o) = (q.as_ref(), k.as_ref(), v.as_ref(), d_o.as_ref());
+            let saved = plan.forward(queue, q, k, v, &mut o.as_mut(), None, None, true).unwrap().unwrap();
+            let gradients = [dq.as_mut(), dk.as_mut(), dv.as_mut()];
+            let times = plan.time_backward(queue, [q, k, v], d_o, &saved, gradients).unwrap();
+            println!("{times:?}");
+            let launches = |of: &str| times.iter().filter(|(name, _)| *name == of).count();
+            let fine = ["sticks", "dq", "dk, dv"].map(launches) == [2; 3];
+            let drem = Some(drem.as_ref());
+            let [mut a, mut b, mut c] = [dq.as_mut(), dk.as_mut(), dv.as_mut()];
+            plan.backward(queue, q, k, v, d_o, drem, &saved, &mut a, &mut b, &mut c).unwrap();
+            // Of dq the ends, which have all heads.
+            let part = 500 * heads * head_dim;
+            let ends = [dq.as_ref().slice(0..part), dq.as_ref().slice(width - part..width)];
+            let [first, last] = ends.map(|part| wide(&queue.download::<bf16>(part).unwrap()));
+            let [dk, dv] = [&dk, &dv].map(|memory| wide(&download::<bf16>(queue, memory)));
+            found.push([first, last, dk, dv]);
+            table.expect("several launches", fine, || format!("{times:?}"));
+        }
+        for (i, what) in ["dq, first rows", "dq, last rows", "dk", "dv"].iter().enumerate() {
+            let between = errors(&found[1][i], &found[0][i], head_dim);
+            println!("exit {early_exit_bits}: {what} against portable {between:?}");
+            table.expect("several launches", between.tensor <= 3e-3 && between.row <= 3e-2, || {
+                format!("exit {early_exit_bits}: {what} {between:?}")
+            });
+        }
     }
     table.done();
 }

@@ -52,7 +52,7 @@ pub enum Kernels {
     Automatic,
     /// Those that run on every card.
     Portable,
-    /// Those for Hopper cards for the passes that are chosen, or an error that says why not.
+    /// Those for Hopper cards for the passes that are chosen, or an error that says why they cannot run.
     Hopper(Choice),
 }
 
@@ -63,7 +63,7 @@ type Run<'a> = &'a mut dyn FnMut(&'static str, &mut dyn FnMut() -> Result<()>) -
 #[derive(Debug)]
 pub struct Saved {
     plan: Plan,
-    /// u32 `[query_heads, query tiles]`, if early exit is on.
+    /// u32 `[query_heads, pieces of 64 rows]` in bf16, else `[query_heads, query tiles]`; if early exit is on.
     first_tiles: Option<Scratch>,
     /// f32, see `cuda/stick_breaking.cu`; None if the backward pass rebuilds it.
     sticks: Option<Scratch>,
@@ -420,19 +420,55 @@ impl Shape {
     }
 }
 
+/// Rows of each tile of a list, and whether they are keys rather than queries.
+pub(super) type TileSize = (usize, bool);
+
+/// The tile lists of a plan, brought to the device together: a further upload could have to wait for the device.
+struct TileLists {
+    memory: Arc<Scratch>,
+    spans: Vec<(TileSize, Range<usize>)>,
+}
+
+impl TileLists {
+    fn upload(queue: &Queue, shape: &Shape, documents: &[Range<usize>], mut sizes: Vec<TileSize>) -> Result<Self> {
+        sizes.sort_unstable();
+        sizes.dedup();
+        let mut tiles = Vec::new();
+        let spans = sizes.into_iter().map(|size| {
+            let first = tiles.len();
+            tiles.extend(shape.tiles(documents, size.0, size.1));
+            (size, first..tiles.len())
+        });
+        let spans = spans.collect();
+        Ok(Self { memory: Arc::new(queue.upload(tiles.as_flattened())?), spans })
+    }
+
+    /// The list of a size that was asked for.
+    fn get(&self, size: TileSize) -> Tiles {
+        let span = self.spans.iter().find(|(of, _)| *of == size).map_or(0..0, |(_, span)| span.clone());
+        Tiles { memory: self.memory.clone(), span }
+    }
+}
+
+/// One list of tiles on the device.
 #[derive(Debug)]
 pub(super) struct Tiles {
-    pub(super) list: Scratch,
-    pub(super) count: u32,
+    memory: Arc<Scratch>,
+    span: Range<usize>,
 }
 
 impl Tiles {
-    pub(super) fn upload(queue: &Queue, tiles: &[[i32; 5]]) -> Result<Self> {
-        Ok(Self { list: queue.upload(tiles.as_flattened())?, count: tiles.len() as u32 })
+    pub(super) fn count(&self) -> usize {
+        self.span.len()
+    }
+
+    /// What [`Shape::tiles`] made, five numbers a tile.
+    pub(super) fn list(&self) -> DeviceRef<'_> {
+        self.memory.as_ref().as_ref().slice(5 * self.span.start..5 * self.span.end)
     }
 
     fn launch(&self, heads: usize, threads: usize, shared: usize) -> Launch {
-        Launch { grid: [self.count, heads as u32, 1], block: threads as u32, shared }
+        Launch { grid: [self.count() as u32, heads as u32, 1], block: threads as u32, shared }
     }
 }
 
@@ -492,27 +528,30 @@ impl TensorCores {
                 return Err(KernelError::size(FORWARD, what, format!("at most {most} for bf16 on CUDA"), found));
             }
         }
-        let upload = |rows, keys| Tiles::upload(queue, &shape.tiles(documents, rows, keys));
         let choice = match kernels {
             Kernels::Automatic if hopper::refusal(queue, layout).is_none() => Some(Choice::new(layout.head_dim)),
             Kernels::Automatic | Kernels::Portable => None,
             Kernels::Hopper(choice) => Some(choice),
         };
+        let [queries, dq, keys] = [(shape.forward_rows, false), (Shape::DQ_ROWS, false), (shape.keys, true)];
+        let mut sizes = choice.map(|choice| choice.tile_sizes()).unwrap_or_default();
+        sizes.extend([queries, dq, keys]);
+        let lists = TileLists::upload(queue, &shape, documents, sizes)?;
         let source = shape.source();
         let kernel = |entry| queue.gpu().kernel(&source, entry);
         Ok(Self {
             shape,
             entries,
             pieces: documents.iter().map(|document| document.len().div_ceil(PIECE)).sum(),
-            query_tiles: upload(shape.forward_rows, false)?,
-            dq_tiles: upload(Shape::DQ_ROWS, false)?,
-            key_tiles: upload(shape.keys, true)?,
+            query_tiles: lists.get(queries),
+            dq_tiles: lists.get(dq),
+            key_tiles: lists.get(keys),
             forward: kernel("stick_breaking_forward_bf16")?,
             forward_log: kernel("stick_breaking_forward_log_bf16")?,
             sticks: kernel("stick_breaking_sticks_bf16")?,
             dq: kernel("stick_breaking_backward_dq_bf16")?,
             dkdv: kernel("stick_breaking_backward_dkdv_bf16")?,
-            hopper: choice.map(|choice| Hopper::new(queue, layout, documents, &shape, choice)).transpose()?,
+            hopper: choice.map(|choice| Hopper::new(queue, layout, choice, |size| lists.get(size))).transpose()?,
         })
     }
 
@@ -524,6 +563,9 @@ impl TensorCores {
     /// Whether the state is worth keeping: at most an eighth of what q, k, v and o take. One entry of each piece is the
     /// remainder, which does not count.
     fn keeps_sticks(&self, layout: &AttentionLayout) -> bool {
+        if self.hopper.as_ref().is_some_and(|hopper| hopper.rebuild) {
+            return false;
+        }
         let state = layout.query_heads * (self.entries - self.pieces.min(self.entries)) * PIECE * size_of::<f32>();
         let heads = 2 * (layout.query_heads + layout.kv_heads);
         8 * state <= layout.tokens * heads * layout.head_dim * DeviceType::Bf16.size()
@@ -560,7 +602,7 @@ impl TensorCores {
         if let (Some(hopper), false) = (hopper, call.with_log) {
             return hopper.run(queue, spec, (self.entries, self.pieces), Self::factor(spec), call);
         }
-        let list = self.query_tiles.list.as_ref().into();
+        let list = self.query_tiles.list().into();
         let Forward { inputs: [q, k, v], o, rem, log2_rem, with_log, sticks, first_blocks } = call;
         let [a, b, c, d, e, f, g, h, i, j, factor] = self.sizes(spec, 0);
         let arguments = [
@@ -635,7 +677,7 @@ impl TensorCores {
                     null,
                     Arg::from(&mut rebuilt.as_mut()),
                     Arg::optional(first_blocks),
-                    self.query_tiles.list.as_ref().into(),
+                    self.query_tiles.list().into(),
                     a,
                     b,
                     c,
@@ -670,7 +712,7 @@ impl TensorCores {
                     dq,
                     dk,
                     dv,
-                    tiles.list.as_ref().into(),
+                    tiles.list().into(),
                     a,
                     b,
                     c,

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::super::StickBreakingSpec;
-use super::super::cuda::{Backward, PIECE, Shape};
+use super::super::cuda::{Backward, PIECE, TileSize, Tiles};
 use super::{BACKWARD as OP, CONTROL_BYTES, Persistent, key_boxes, key_bytes, query_boxes, section};
 use crate::Result;
 use crate::attention::AttentionLayout;
@@ -13,6 +13,7 @@ use crate::cuda::{Arg, DeviceRef, DeviceType, Queue, Source, TensorMap};
 /// Keys of a block, one per consumer warpgroup.
 const KEYS: usize = 64;
 const WARPGROUPS: usize = 2;
+pub(super) const TILE_SIZE: TileSize = (WARPGROUPS * KEYS, true);
 
 /// How the kernel is built. Every choice gives the same results up to rounding; the default is what was fastest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,27 +26,26 @@ pub struct Tuning {
     pub pairs: bool,
     /// Whether the warpgroups take turns in starting their products. Not with `overlap`.
     pub turns: bool,
-    /// Whether a launch that takes longer than two seconds is an error, rather than a hang.
-    pub watchdog: bool,
 }
 
 impl Tuning {
     /// The default for a head dim.
     pub fn new(head_dim: usize) -> Self {
         let small = head_dim <= 64;
-        Self { stages: if small { 4 } else { 3 }, overlap: small, pairs: small, turns: false, watchdog: false }
+        Self { stages: if small { 4 } else { 3 }, overlap: small, pairs: small, turns: false }
     }
 
     /// Choices worth measuring for a head dim.
     pub fn candidates(head_dim: usize) -> Vec<Self> {
         let default = Self::new(head_dim);
-        let starts: &[_] = if default.overlap {
-            &[(true, false), (false, false), (false, true)]
-        } else {
-            &[(false, false), (false, true)]
-        };
-        let one = |pairs| starts.iter().map(move |&(overlap, turns)| Self { overlap, turns, pairs, ..default });
-        one(false).chain(one(true)).collect()
+        let with = |overlap, pairs, turns| Self { overlap, pairs, turns, ..default };
+        if head_dim > 64 {
+            // Pairs would take one register more than there is.
+            return vec![with(false, false, false), with(false, false, true)];
+        }
+        let starts = [(true, false), (false, false), (false, true)];
+        let one = |pairs| starts.map(|(overlap, turns)| with(overlap, pairs, turns));
+        [one(false), one(true)].concat()
     }
 
     /// The kernel of a head dim, for compiling it ahead.
@@ -56,7 +56,7 @@ impl Tuning {
             include_str!("../../../../cuda/stick_breaking_hopper.cuh"),
             include_str!("../../../../cuda/stick_breaking_hopper_dkv.cu"),
         ];
-        let mut defines = vec![
+        let defines = vec![
             ("HEAD_DIM", head_dim.to_string()),
             ("WARPGROUPS", WARPGROUPS.to_string()),
             ("STAGES", self.stages.to_string()),
@@ -64,10 +64,6 @@ impl Tuning {
             ("PAIRS", u8::from(self.pairs).to_string()),
             ("TURNS", u8::from(self.turns).to_string()),
         ];
-        if self.watchdog {
-            // Nanoseconds.
-            defines.push(("LIMIT", "2000000000".to_owned()));
-        }
         Source { file: "stick_breaking_hopper_dkv.cu", parts, defines }
     }
 
@@ -87,19 +83,12 @@ pub(in super::super) struct Dkv {
 }
 
 impl Dkv {
-    pub(super) fn new(
-        queue: &Queue,
-        layout: &AttentionLayout,
-        documents: &[Range<usize>],
-        shape: &Shape,
-        tuning: Tuning,
-    ) -> Result<Self> {
-        let tiles = shape.tiles(documents, WARPGROUPS * KEYS, true);
+    pub(super) fn new(queue: &Queue, layout: &AttentionLayout, tiles: Tiles, tuning: Tuning) -> Result<Self> {
         let source = (&tuning.source(layout.head_dim), "stick_breaking_backward_dkdv_hopper_bf16");
         let block = (WARPGROUPS, tuning.shared(layout.head_dim));
         // What is read again and again is Q and dO, as large as K and V, of all query heads of the group.
         let section = section(layout, layout.group() * key_bytes(layout));
-        Ok(Self { kernel: Persistent::new(queue, OP, source, &tiles, layout.kv_heads, block)?, section })
+        Ok(Self { kernel: Persistent::new(queue, OP, source, tiles, layout.kv_heads, block)?, section })
     }
 
     /// For the key/value heads `kv_heads`.
@@ -132,12 +121,12 @@ impl Dkv {
             call.first_blocks,
             call.dk,
             call.dv,
-            DeviceRef::into(self.kernel.tiles.list.as_ref()),
+            DeviceRef::into(self.kernel.tiles.list()),
             Arg::from(&mut ticket.as_mut()),
             int(layout.key_stride),
             int(layout.value_stride),
             int(tokens),
-            int(self.kernel.tiles.count as usize),
+            int(self.kernel.tiles.count()),
             int(layout.group()),
             int(kv_heads.start),
             int(kv_heads.len()),

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::super::StickBreakingSpec;
-use super::super::cuda::{Backward, PIECE, Shape};
-use super::{BACKWARD as OP, CONTROL_BYTES, Persistent, Turns, key_boxes, key_bytes, query_boxes, section, watchdog};
+use super::super::cuda::{Backward, PIECE, TileSize, Tiles};
+use super::{BACKWARD as OP, CONTROL_BYTES, Persistent, Turns, key_boxes, key_bytes, query_boxes, section};
 use crate::Result;
 use crate::attention::AttentionLayout;
 use crate::cuda::{Arg, DeviceRef, DeviceType, Queue, Source, TensorMap};
@@ -21,14 +21,12 @@ pub struct Tuning {
     pub stages: usize,
     /// Whether the warpgroups take turns in starting their products.
     pub turns: Turns,
-    /// Whether a wait inside the kernel that takes too long is an error, rather than a hang. Slower.
-    pub watchdog: bool,
 }
 
 impl Tuning {
     /// The default for a head dim.
     pub fn new(head_dim: usize) -> Self {
-        Self { warpgroups: if head_dim > 64 { 2 } else { 3 }, stages: 4, turns: Turns::None, watchdog: false }
+        Self { warpgroups: if head_dim > 64 { 2 } else { 3 }, stages: 4, turns: Turns::None }
     }
 
     /// Choices worth measuring for a head dim.
@@ -49,18 +47,21 @@ impl Tuning {
             include_str!("../../../../cuda/stick_breaking_hopper.cuh"),
             include_str!("../../../../cuda/stick_breaking_hopper_dq.cu"),
         ];
-        let mut defines = vec![
+        let defines = vec![
             ("HEAD_DIM", head_dim.to_string()),
             ("WARPGROUPS", self.warpgroups.to_string()),
             ("STAGES", self.stages.to_string()),
             ("TURNS", (self.turns as u8).to_string()),
         ];
-        defines.extend(watchdog(self.watchdog));
         Source { file: "stick_breaking_hopper_dq.cu", parts, defines }
     }
 
     fn rows(&self) -> usize {
         PIECE * self.warpgroups
+    }
+
+    pub(super) fn tile_size(&self) -> TileSize {
+        (self.rows(), false)
     }
 
     pub(super) fn shared(&self, head_dim: usize) -> usize {
@@ -77,18 +78,11 @@ pub(in super::super) struct Dq {
 }
 
 impl Dq {
-    pub(super) fn new(
-        queue: &Queue,
-        layout: &AttentionLayout,
-        documents: &[Range<usize>],
-        shape: &Shape,
-        tuning: Tuning,
-    ) -> Result<Self> {
-        let tiles = shape.tiles(documents, tuning.rows(), false);
+    pub(super) fn new(queue: &Queue, layout: &AttentionLayout, tiles: Tiles, tuning: Tuning) -> Result<Self> {
         let source = (&tuning.source(layout.head_dim), "stick_breaking_dq_hopper_bf16");
         let block = (tuning.warpgroups, tuning.shared(layout.head_dim));
         let section = section(layout, key_bytes(layout)) * layout.group();
-        Ok(Self { kernel: Persistent::new(queue, OP, source, &tiles, layout.query_heads, block)?, section })
+        Ok(Self { kernel: Persistent::new(queue, OP, source, tiles, layout.query_heads, block)?, section })
     }
 
     /// For the query heads `heads`.
@@ -121,12 +115,12 @@ impl Dq {
             call.sums,
             call.first_blocks,
             call.dq,
-            DeviceRef::into(self.kernel.tiles.list.as_ref()),
+            DeviceRef::into(self.kernel.tiles.list()),
             Arg::from(&mut ticket.as_mut()),
             int(layout.key_stride),
             int(layout.value_stride),
             int(tokens),
-            int(self.kernel.tiles.count as usize),
+            int(self.kernel.tiles.count()),
             int(layout.query_heads),
             int(layout.group()),
             int(heads.start),

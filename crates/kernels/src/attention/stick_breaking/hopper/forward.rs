@@ -1,11 +1,9 @@
 //! The forward pass on Hopper cards (`cuda/stick_breaking_hopper_forward.cu`). It writes what the portable kernel writes,
 //! state included.
 
-use std::ops::Range;
-
 use super::super::StickBreakingSpec;
-use super::super::cuda::{self, PIECE, Shape};
-use super::{CONTROL_BYTES, FORWARD as OP, Persistent, Turns, key_boxes, key_bytes, query_boxes, section, watchdog};
+use super::super::cuda::{self, PIECE, TileSize, Tiles};
+use super::{CONTROL_BYTES, FORWARD as OP, Persistent, Turns, key_boxes, key_bytes, query_boxes, section};
 use crate::Result;
 use crate::attention::AttentionLayout;
 use crate::cuda::{Arg, DeviceRef, DeviceType, Queue, Source, TensorMap};
@@ -26,8 +24,6 @@ pub struct Tuning {
     pub overlap: bool,
     /// Whether the warpgroups take turns in starting their products.
     pub turns: Turns,
-    /// Whether a wait inside the kernel that takes too long is an error, rather than a hang. Slower.
-    pub watchdog: bool,
 }
 
 impl Tuning {
@@ -35,14 +31,7 @@ impl Tuning {
     pub fn new(head_dim: usize) -> Self {
         let small = head_dim <= 64;
         let (warpgroups, stages, chunk) = if small { (3, 4, 8) } else { (2, 2, 4) };
-        Self {
-            warpgroups,
-            stages,
-            chunk,
-            overlap: !small,
-            turns: if small { Turns::Start } else { Turns::None },
-            watchdog: false,
-        }
+        Self { warpgroups, stages, chunk, overlap: !small, turns: if small { Turns::Start } else { Turns::None } }
     }
 
     /// Choices worth measuring for a head dim.
@@ -58,7 +47,6 @@ impl Tuning {
                     chunk,
                     overlap,
                     turns,
-                    watchdog: false,
                 }));
             }
         }
@@ -73,7 +61,7 @@ impl Tuning {
             include_str!("../../../../cuda/stick_breaking_hopper.cuh"),
             include_str!("../../../../cuda/stick_breaking_hopper_forward.cu"),
         ];
-        let mut defines = vec![
+        let defines = vec![
             ("HEAD_DIM", head_dim.to_string()),
             ("WARPGROUPS", self.warpgroups.to_string()),
             ("STAGES", self.stages.to_string()),
@@ -81,12 +69,15 @@ impl Tuning {
             ("OVERLAP", u8::from(self.overlap).to_string()),
             ("TURNS", (self.turns as u8).to_string()),
         ];
-        defines.extend(watchdog(self.watchdog));
         Source { file: "stick_breaking_hopper_forward.cu", parts, defines }
     }
 
     fn rows(&self) -> usize {
         PIECE * self.warpgroups
+    }
+
+    pub(super) fn tile_size(&self) -> TileSize {
+        (self.rows(), false)
     }
 
     pub(super) fn shared(&self, head_dim: usize) -> usize {
@@ -103,18 +94,11 @@ pub(in super::super) struct Forward {
 }
 
 impl Forward {
-    pub(super) fn new(
-        queue: &Queue,
-        layout: &AttentionLayout,
-        documents: &[Range<usize>],
-        shape: &Shape,
-        tuning: Tuning,
-    ) -> Result<Self> {
-        let tiles = shape.tiles(documents, tuning.rows(), false);
+    pub(super) fn new(queue: &Queue, layout: &AttentionLayout, tiles: Tiles, tuning: Tuning) -> Result<Self> {
         let source = (&tuning.source(layout.head_dim), "stick_breaking_forward_hopper_bf16");
         let block = (tuning.warpgroups, tuning.shared(layout.head_dim));
         let section = section(layout, key_bytes(layout)) * layout.group();
-        Ok(Self { kernel: Persistent::new(queue, OP, source, &tiles, layout.query_heads, block)?, section })
+        Ok(Self { kernel: Persistent::new(queue, OP, source, tiles, layout.query_heads, block)?, section })
     }
 
     /// Everything of `call` but the logarithm.
@@ -144,13 +128,13 @@ impl Forward {
             call.rem,
             call.sticks,
             call.first_blocks,
-            DeviceRef::into(self.kernel.tiles.list.as_ref()),
+            DeviceRef::into(self.kernel.tiles.list()),
             Arg::from(&mut ticket.as_mut()),
             int(layout.key_stride),
             int(layout.value_stride),
             int(layout.output_stride),
             int(tokens),
-            int(self.kernel.tiles.count as usize),
+            int(self.kernel.tiles.count()),
             int(layout.query_heads),
             int(layout.group()),
             int(self.section),

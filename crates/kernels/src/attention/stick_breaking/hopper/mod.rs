@@ -2,9 +2,7 @@
 //! copy engine brings. Each pass computes and writes what the portable one does, state included, so that any pass can go
 //! on from any other (`docs/kernels-hopper.md`).
 
-use std::ops::Range;
-
-use super::cuda::{Shape, Tiles};
+use super::cuda::{TileSize, Tiles};
 use crate::attention::AttentionLayout;
 use crate::cuda::{Arg, Boxes, DeviceType, HOPPER, Kernel, Launch, Queue, Scratch, Source, TensorMap};
 use crate::{KernelError, Result};
@@ -49,11 +47,13 @@ pub struct Choice {
     pub dq: Option<dq::Tuning>,
     /// dk and dv.
     pub dkv: Option<dkv::Tuning>,
+    /// Whether the state is rebuilt even where it is small enough to be kept: for tests.
+    pub rebuild: bool,
 }
 
 impl Choice {
     /// The portable kernels for every pass.
-    pub const NONE: Self = Self { forward: None, sticks: None, dq: None, dkv: None };
+    pub const NONE: Self = Self { forward: None, sticks: None, dq: None, dkv: None, rebuild: false };
 
     /// All passes, each as it was fastest for the head dim.
     pub fn new(head_dim: usize) -> Self {
@@ -62,6 +62,7 @@ impl Choice {
             sticks: Some(sticks::Tuning::new(head_dim)),
             dq: Some(dq::Tuning::new(head_dim)),
             dkv: Some(dkv::Tuning::new(head_dim)),
+            rebuild: false,
         }
     }
 
@@ -73,10 +74,19 @@ impl Choice {
         let dkv = dkv::Tuning::candidates(head_dim).into_iter();
         forward
             .map(|tuning| Self { forward: Some(tuning), ..Self::NONE })
-            .chain(sticks.map(|tuning| Self { sticks: Some(tuning), ..Self::NONE }))
+            .chain(sticks.map(|tuning| Self { sticks: Some(tuning), rebuild: true, ..Self::NONE }))
             .chain(dq.map(|tuning| Self { dq: Some(tuning), ..Self::NONE }))
             .chain(dkv.map(|tuning| Self { dkv: Some(tuning), ..Self::NONE }))
             .collect()
+    }
+
+    /// The lists of tiles that the kernels take.
+    pub(super) fn tile_sizes(&self) -> Vec<TileSize> {
+        let forward = self.forward.map(|tuning| tuning.tile_size());
+        let sticks = self.sticks.map(|tuning| tuning.tile_size());
+        let dq = self.dq.map(|tuning| tuning.tile_size());
+        let dkv = self.dkv.map(|_| dkv::TILE_SIZE);
+        [forward, sticks, dq, dkv].into_iter().flatten().collect()
     }
 
     /// The kernels for a head dim, for compiling them ahead.
@@ -129,17 +139,17 @@ impl Persistent {
         queue: &Queue,
         op: &'static str,
         (source, entry): (&Source, &'static str),
-        tiles: &[[i32; 5]],
+        tiles: Tiles,
         heads: usize,
         (warpgroups, shared): (usize, usize),
     ) -> Result<Self> {
-        let items = tiles.len() * heads;
+        let items = tiles.count() * heads;
         // A ticket runs past the items by the number of blocks.
         if items > 1 << 30 {
             return Err(KernelError::size(op, "tiles times heads", "at most 2^30", items));
         }
         let kernel = queue.gpu().kernel(source, entry)?;
-        Ok(Self { kernel, tiles: Tiles::upload(queue, tiles)?, warpgroups, shared })
+        Ok(Self { kernel, tiles, warpgroups, shared })
     }
 
     /// Where the blocks of a launch take their items; each starts with the one of its own number. Comes before tensor maps,
@@ -152,7 +162,7 @@ impl Persistent {
 
     /// Over so many heads.
     fn launch(&self, queue: &Queue, heads: usize, maps: &[TensorMap<'_>], arguments: &[Arg]) -> Result<()> {
-        let items = self.tiles.count as usize * heads;
+        let items = self.tiles.count() * heads;
         let blocks = items.min(queue.gpu().multiprocessors() as usize);
         let block = 128 * (self.warpgroups as u32 + 1);
         queue.launch_with_maps(
@@ -166,17 +176,12 @@ impl Persistent {
 
 /// Key/value heads that run at a time, if each of them reads so many bytes again and again.
 fn section(layout: &AttentionLayout, head_bytes: usize) -> usize {
-    (SECTION_BYTES / head_bytes.max(1)).clamp(1, layout.kv_heads.max(1))
+    (SECTION_BYTES / head_bytes).clamp(1, layout.kv_heads)
 }
 
 /// Bytes of the keys and values of one head.
 fn key_bytes(layout: &AttentionLayout) -> usize {
     2 * layout.tokens * layout.head_dim * DeviceType::Bf16.size()
-}
-
-/// The define that limits waits, in nanoseconds: far longer than any tile takes.
-fn watchdog(wanted: bool) -> Option<(&'static str, String)> {
-    wanted.then(|| ("WATCHDOG", "2000000000".to_owned()))
 }
 
 /// Queries as the copy engine sees them: pieces of 64 rows, 64 columns at a time; a row holds all heads of a token.
@@ -203,28 +208,31 @@ pub(super) struct Hopper {
     pub(super) sticks: Option<sticks::Sticks>,
     pub(super) dq: Option<dq::Dq>,
     pub(super) dkv: Option<dkv::Dkv>,
+    pub(super) rebuild: bool,
 }
 
 impl Hopper {
+    /// `tiles` has the lists of [`Choice::tile_sizes`].
     pub(super) fn new(
         queue: &Queue,
         layout: &AttentionLayout,
-        documents: &[Range<usize>],
-        shape: &Shape,
         choice: Choice,
+        tiles: impl Fn(TileSize) -> Tiles,
     ) -> Result<Self> {
         if let Some(refusal) = refusal(queue, layout) {
             return Err(refusal);
         }
-        let forward = choice.forward.map(|tuning| forward::Forward::new(queue, layout, documents, shape, tuning));
-        let sticks = choice.sticks.map(|tuning| sticks::Sticks::new(queue, layout, documents, shape, tuning));
-        let dq = choice.dq.map(|tuning| dq::Dq::new(queue, layout, documents, shape, tuning));
-        let dkv = choice.dkv.map(|tuning| dkv::Dkv::new(queue, layout, documents, shape, tuning));
+        let Choice { forward, sticks, dq, dkv, rebuild } = choice;
+        let forward = forward.map(|of| forward::Forward::new(queue, layout, tiles(of.tile_size()), of));
+        let sticks = sticks.map(|of| sticks::Sticks::new(queue, layout, tiles(of.tile_size()), of));
+        let dq = dq.map(|of| dq::Dq::new(queue, layout, tiles(of.tile_size()), of));
+        let dkv = dkv.map(|of| dkv::Dkv::new(queue, layout, tiles(dkv::TILE_SIZE), of));
         Ok(Self {
             forward: forward.transpose()?,
             sticks: sticks.transpose()?,
             dq: dq.transpose()?,
             dkv: dkv.transpose()?,
+            rebuild,
         })
     }
 }

@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use super::super::StickBreakingSpec;
-use super::super::cuda::{PIECE, Shape};
-use super::{BACKWARD as OP, CONTROL_BYTES, Persistent, key_boxes, key_bytes, query_boxes, section, watchdog};
+use super::super::cuda::{PIECE, TileSize, Tiles};
+use super::{BACKWARD as OP, CONTROL_BYTES, Persistent, key_boxes, key_bytes, query_boxes, section};
 use crate::Result;
 use crate::attention::AttentionLayout;
 use crate::cuda::{Arg, DeviceRef, DeviceType, Queue, Source, TensorMap};
@@ -22,14 +22,12 @@ pub struct Tuning {
     pub stages: usize,
     /// Whether one warpgroup computes scores at a time.
     pub turns: bool,
-    /// Whether a wait inside the kernel that takes too long is an error, rather than a hang. Slower.
-    pub watchdog: bool,
 }
 
 impl Tuning {
     /// The default for a head dim.
     pub fn new(_head_dim: usize) -> Self {
-        Self { warpgroups: 3, stages: 4, turns: true, watchdog: false }
+        Self { warpgroups: 3, stages: 4, turns: true }
     }
 
     /// Choices worth measuring for a head dim.
@@ -46,18 +44,21 @@ impl Tuning {
             include_str!("../../../../cuda/stick_breaking_hopper.cuh"),
             include_str!("../../../../cuda/stick_breaking_hopper_sticks.cu"),
         ];
-        let mut defines = vec![
+        let defines = vec![
             ("HEAD_DIM", head_dim.to_string()),
             ("WARPGROUPS", self.warpgroups.to_string()),
             ("STAGES", self.stages.to_string()),
             ("TURNS", u8::from(self.turns).to_string()),
         ];
-        defines.extend(watchdog(self.watchdog));
         Source { file: "stick_breaking_hopper_sticks.cu", parts, defines }
     }
 
     fn rows(&self) -> usize {
         PIECE * self.warpgroups
+    }
+
+    pub(super) fn tile_size(&self) -> TileSize {
+        (self.rows(), false)
     }
 
     pub(super) fn shared(&self, head_dim: usize) -> usize {
@@ -73,18 +74,11 @@ pub(in super::super) struct Sticks {
 }
 
 impl Sticks {
-    pub(super) fn new(
-        queue: &Queue,
-        layout: &AttentionLayout,
-        documents: &[Range<usize>],
-        shape: &Shape,
-        tuning: Tuning,
-    ) -> Result<Self> {
-        let tiles = shape.tiles(documents, tuning.rows(), false);
+    pub(super) fn new(queue: &Queue, layout: &AttentionLayout, tiles: Tiles, tuning: Tuning) -> Result<Self> {
         let source = (&tuning.source(layout.head_dim), "stick_breaking_sticks_hopper_bf16");
         let block = (tuning.warpgroups, tuning.shared(layout.head_dim));
         let section = section(layout, key_bytes(layout)) * layout.group();
-        Ok(Self { kernel: Persistent::new(queue, OP, source, &tiles, layout.query_heads, block)?, section })
+        Ok(Self { kernel: Persistent::new(queue, OP, source, tiles, layout.query_heads, block)?, section })
     }
 
     /// Writes the state of the query heads `heads` to `sticks`.
@@ -113,11 +107,11 @@ impl Sticks {
             k.into(),
             sticks,
             first_blocks,
-            DeviceRef::into(self.kernel.tiles.list.as_ref()),
+            DeviceRef::into(self.kernel.tiles.list()),
             Arg::from(&mut ticket.as_mut()),
             int(layout.key_stride),
             int(tokens),
-            int(self.kernel.tiles.count as usize),
+            int(self.kernel.tiles.count()),
             int(layout.group()),
             int(heads.start),
             int(heads.len()),
