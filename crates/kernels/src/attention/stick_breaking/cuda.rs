@@ -140,8 +140,8 @@ impl Plan {
         kernels: Kernels,
     ) -> Result<Self> {
         let layout = spec.layout;
-        if !spec.scale.is_finite() {
-            return Err(KernelError::size(FORWARD, "scale", "finite", spec.scale));
+        if !((spec.scale * std::f64::consts::LOG2_E) as f32).is_finite() {
+            return Err(KernelError::size(FORWARD, "scale", "finite in float32, times log2(e) too", spec.scale));
         }
         check_layout(FORWARD, &layout, dtype)?;
         let documents = documents(FORWARD, cu_seqlens, layout.tokens)?;
