@@ -85,8 +85,8 @@ struct LayerCache {
     value: Tensor,
 }
 
-/// Tokens of a text that go through the model at once, for stick-breaking: all of its memory but the cache depends on them
-/// and not on the text's length. Enough to fill a GPU.
+/// Tokens of a text that go through the model at once, for stick-breaking. Beside the cache only attention's queries and
+/// outputs are as long as the text, one layer's at a time; the rest depends on the chunk. Enough to fill a GPU.
 const CHUNK: usize = 4096;
 
 /// A model in the middle of a text: the cache of the tokens so far and the logits of the next one.

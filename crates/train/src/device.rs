@@ -185,8 +185,9 @@ fn is_used(source: &Source, config: &ModelConfig, dtype: DType) -> bool {
         file if file.starts_with("stick") => !stick,
         _ => false,
     };
-    // Attention on tensor cores is for bf16, and has a file of its own for float32.
+    // Attention on tensor cores is for bf16, and has a file of its own for float32; tiles are counted alike.
     let other_type = match dtype {
+        DType::F32 if source.file == "stick_breaking_tiles.cu" => false,
         DType::F32 => source.file.starts_with("softmax") || source.file.starts_with("stick"),
         _ => source.file.contains("f32"),
     };
@@ -223,6 +224,9 @@ mod tests {
         assert!(!used("stick_breaking.cu", "128", DType::BF16));
         assert!(!used("softmax.cu", "64", DType::BF16));
         assert!(used("attention_f32.cu", "64", DType::F32) && !used("attention_f32.cu", "64", DType::BF16));
+        for dtype in [DType::F32, DType::BF16] {
+            assert!(is_used(&Source { file: "stick_breaking_tiles.cu", parts: &[], defines: vec![] }, &config, dtype));
+        }
         assert!(is_used(&Source { file: "adamw.cu", parts: &[], defines: vec![] }, &config, DType::F32));
         prepare_kernels(&config, DType::F32, Device::Cpu, |line| panic!("{line}")).unwrap();
     }

@@ -125,6 +125,35 @@ fn what_cannot_be_measured_is_refused() {
         refused(stickbreak().args(["bench", "attention", "--lengths", "64", "--device", "cpu"])).contains("--lengths")
     );
     assert!(refused(&mut bench(&workspace.path("nothing"), &["attention"])).contains("nothing"));
+    // Options that would not be heard.
+    for (options, named) in [
+        (&["train", "--lengths", "64"][..], "--lengths"),
+        (&["decode", "--peers"], "--peers"),
+        (&["attention", "--dense"], "--dense"),
+        (&["--dense"], "--dense"),
+    ] {
+        assert!(refused(&mut bench(&run, options)).contains(named), "{options:?}");
+    }
+    // Contexts that no machine has the memory for, or no length has the bits for.
+    for (length, found) in [("2000000000", "GiB"), ("18446744073709551615", "2147483647")] {
+        let error = refused(stickbreak().args(["bench", "decode", "--lengths", length, "--device", "cpu"]));
+        assert!(error.contains(length) && error.contains(found), "{error}");
+    }
+    for repeats in ["0", "18446744073709551615"] {
+        let output = stickbreak().args(["bench", "gemm", "--repeats", repeats]).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && error.contains(repeats) && error.contains("--repeats"), "{error}");
+    }
+    // Nothing is measured that could not be kept; and what was measured before a failure is.
+    let nowhere = workspace.path("no-folder/figures.json");
+    let output = bench(&run, &["attention", "--lengths", "64"]).arg("--json").arg(&nowhere).output().unwrap();
+    let (table, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(!output.status.success() && error.contains("no-folder/figures.json"), "{error}");
+    assert!(!table.contains("forward"), "{table}");
+    let figures = workspace.path("figures.json");
+    refused(bench(&run, &["decode", "--lengths", "99999"]).arg("--json").arg(&figures));
+    let rows: Vec<Value> = serde_json::from_slice(&fs::read(&figures).unwrap()).unwrap();
+    assert_eq!(names(&rows), ["device copy"]);
     // Another text, and a text that is gone.
     let short = workspace.path("short.txt");
     fs::write(&short, "the cat sees the dog. ".repeat(20)).unwrap();
@@ -133,6 +162,24 @@ fn what_cannot_be_measured_is_refused() {
     fs::remove_dir_all(workspace.path("data")).unwrap();
     let error = refused(&mut bench(&run, &["attention"]));
     assert!(error.contains("--data") && error.contains("data"), "{error}");
+}
+
+#[test]
+fn a_run_that_holds_out_no_text_needs_another_one() {
+    let workspace = Workspace::with_validation_bytes(3000);
+    trained(&workspace, "prepared", &[]);
+    let shard = workspace.path("data/train_000000.bin");
+    let files = format!("data.token_files={{format='llmc',train=['{}'],end_of_text=256}}", shard.display());
+    let run = trained(&workspace, "run", &[&files, "train.log_every=1"]);
+    for part in ["attention", "train"] {
+        let error = refused(&mut bench(&run, &[part]));
+        assert!(error.contains("run holds out no text") && error.contains("--data"), "{error}");
+    }
+    let (table, _) = succeed(bench(&run, &["train"]).arg("--data").arg(workspace.path("data")));
+    assert!(table.contains("dense"), "{table}");
+    // Its report shows what was counted in training.
+    let page = fs::read_to_string(run.join("report.html")).unwrap();
+    assert!(page.contains("Share of the causal tiles skipped") && !page.contains("Skipped by each head"));
 }
 
 /// A `python3` that writes these lines, whatever it is told.

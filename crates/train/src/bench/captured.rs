@@ -88,7 +88,7 @@ impl Captured {
             let (early, skipped) = problem.results(bits)?;
             let (dense, _) = problem.results(0)?;
             for (most, (early, dense)) in found.apart.iter_mut().zip(early.iter().zip(&dense)) {
-                *most = most.max(apart(early, dense)?);
+                *most = largest(*most, apart(early, dense)?);
             }
             drop((early, dense));
             found.skipped.push(skipped);
@@ -131,6 +131,11 @@ impl Captured {
 /// `|a - b| / |b|` over all elements.
 fn apart(a: &Tensor, b: &Tensor) -> Result<f64> {
     Ok((a.sub(b)?.sum_of_squares()? / b.sum_of_squares()?.max(f64::MIN_POSITIVE)).sqrt())
+}
+
+/// The larger one; not a number if one is not, which `f64::max` would hide.
+fn largest(a: f64, b: f64) -> f64 {
+    if a.is_nan() || b.is_nan() { f64::NAN } else { a.max(b) }
 }
 
 /// A line of the table at the end.
@@ -178,6 +183,17 @@ mod tests {
         assert_eq!(apart(&b, &b).unwrap(), 0.0);
         let zeros = Tensor::zeros([2], DType::F32);
         assert_eq!(apart(&zeros, &zeros).unwrap(), 0.0);
+    }
+
+    #[test]
+    fn values_that_are_not_finite_are_not_hidden_by_those_of_another_layer() {
+        let b = Tensor::from_vec(vec![3.0f32, 4.0], [2]).unwrap();
+        for broken in [f32::NAN, f32::INFINITY] {
+            let broken = Tensor::from_vec(vec![broken, 4.0], [2]).unwrap();
+            let distances = [apart(&b, &b), apart(&broken, &broken), apart(&b, &b)].map(Result::unwrap);
+            assert!(!distances.into_iter().fold(0.0, largest).is_finite(), "{distances:?}");
+        }
+        assert_eq!([0.1, 0.3, 0.2].into_iter().fold(0.0, largest), 0.3);
     }
 
     #[test]

@@ -7,7 +7,8 @@
 use super::row::{CacheFigures, Row};
 use super::trained::Trained;
 use super::{Seconds, Settings, median, random, time};
-use anyhow::{Result, bail};
+use crate::trainer::available_memory;
+use anyhow::{Result, bail, ensure};
 use std::fmt;
 use std::time::Instant;
 use stickbreak_model::{Generator, Transformer, count};
@@ -77,6 +78,15 @@ impl Caches {
 
     fn random(settings: &Settings, shape: DecodeShape) -> Result<Self> {
         let DecodeShape { sequences, heads, kv_heads, context, head_dim } = shape;
+        // A GPU says so itself.
+        if let Some(free) = available_memory().filter(|_| settings.device == Device::Cpu) {
+            let bytes = shape.cache_bytes(DType::F32);
+            let [bytes_gib, free_gib] = [bytes as u64, free].map(|bytes| bytes as f64 / f64::from(1 << 30));
+            ensure!(
+                bytes as u64 <= free,
+                "{shape}: a cache of {context} tokens takes {bytes_gib:.1} GiB, but {free_gib:.1} GiB are free"
+            );
+        }
         let cache = |seed| random(settings, [sequences, context, kv_heads, head_dim], seed);
         Self::new(shape, random(settings, [sequences, heads, head_dim], 1)?, cache(2)?, cache(3)?)
     }
@@ -155,8 +165,8 @@ fn measure_random(settings: &Settings, copy_rate: f64, each: &mut dyn FnMut(Row)
         Device::Cuda(_) => (&GPU_CONTEXTS[..], &GPU_SHAPES[..]),
     };
     for &context in settings.lengths.as_deref().unwrap_or(contexts) {
-        if context < 2 {
-            bail!("--lengths has {context}, but a context has at least 2 tokens");
+        if !(2..=i32::MAX as usize).contains(&context) {
+            bail!("--lengths has {context}, but a context has 2 to {} tokens", i32::MAX);
         }
         for &[sequences, heads, kv_heads, head_dim] in shapes {
             let caches = Caches::random(settings, DecodeShape { sequences, heads, kv_heads, context, head_dim })?;

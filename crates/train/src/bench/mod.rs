@@ -21,7 +21,8 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use gpu_step::Shape;
 use row::Row;
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 use stickbreak_tensor::{DType, Device, Tensor};
 use trained::Trained;
@@ -53,8 +54,8 @@ pub struct BenchArgs {
     #[arg(long)]
     json: Option<PathBuf>,
     /// Repetitions of each measurement, of which the median counts; default: 5 on a CPU and with --from, else 20.
-    #[arg(long)]
-    repeats: Option<usize>,
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    repeats: Option<u32>,
     #[command(flatten)]
     device: DeviceOption,
 }
@@ -88,23 +89,38 @@ struct Settings {
     peers: bool,
 }
 
+impl BenchArgs {
+    /// Refuses options that what is to be measured would not hear of.
+    fn check(&self, device: Device) -> Result<()> {
+        let Self { part, from, .. } = self;
+        if self.shape.is_some() && device == Device::Cpu {
+            bail!("--shape chooses among the GPU's training shapes, and the device is {device}");
+        }
+        if from.is_some() && (*part == Some(Part::Gemm) || self.shape.is_some()) {
+            bail!("--from measures a trained model: leave out --shape, and gemm, which no weights change");
+        }
+        if self.lengths.is_some() && (*part == Some(Part::Train) || from.is_none() && *part != Some(Part::Decode)) {
+            bail!("--lengths are those of `bench decode`, or of attention and decoding with --from RUN");
+        }
+        if self.peers && part.is_some_and(|part| part != Part::Attention) {
+            bail!("--peers are timed beside `bench attention`");
+        }
+        if self.dense && from.is_some() && *part != Some(Part::Train) {
+            bail!("--dense leaves out early exit, which all parts but `bench train` measure with --from RUN");
+        }
+        Ok(())
+    }
+}
+
 /// Runs the parts and prints a table.
 ///
 /// # Errors
 /// If the device or a part cannot run, or the JSON file cannot be written.
 pub fn run(args: &BenchArgs) -> Result<()> {
     let device = args.device.announce()?;
+    args.check(device)?;
     let gpu = device != Device::Cpu;
-    if args.shape.is_some() && !gpu {
-        bail!("--shape chooses among the GPU's training shapes, and the device is {device}");
-    }
-    if args.from.is_some() && (args.part == Some(Part::Gemm) || args.shape.is_some()) {
-        bail!("--from measures a trained model: leave out --shape, and gemm, which no weights change");
-    }
-    if args.lengths.is_some() && args.from.is_none() && args.part != Some(Part::Decode) {
-        bail!("--lengths are those of `bench decode`, or with --from RUN those of its text");
-    }
-    let repeats = args.repeats.unwrap_or(if gpu && args.from.is_none() { 20 } else { 5 }).max(1);
+    let repeats = args.repeats.map_or(if gpu && args.from.is_none() { 20 } else { 5 }, |repeats| repeats as usize);
     let warm_up = if gpu && args.from.is_none() { WARM_UP } else { 1 };
     let (lengths, dense_only) = (args.lengths.clone(), args.dense);
     let settings = Settings { device, warm_up, repeats, dense_only, shape: args.shape, lengths, peers: args.peers };
@@ -113,21 +129,28 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         None => println!("{} threads, f32, median of {repeats}", rayon::current_num_threads()),
     }
     let trained = args.from.as_deref().map(|run| Trained::open(run, args.data.as_deref(), device)).transpose()?;
+    if let Some(path) = &args.json {
+        // Now, and not after all has been measured.
+        File::options().append(true).create(true).open(path).with_context(|| cannot_write(path))?;
+    }
     println!("{}", Row::header(gpu));
     let mut rows = Vec::new();
-    for part in [Part::Gemm, Part::Attention, Part::Decode, Part::Train] {
-        if args.part.is_none_or(|wanted| wanted == part) {
-            measure(part, &settings, trained.as_ref(), &mut |row| {
-                println!("{}", row.line(gpu));
-                rows.push(row);
-            })?;
-        }
-    }
+    let parts = [Part::Gemm, Part::Attention, Part::Decode, Part::Train].into_iter();
+    let measured = parts.filter(|part| args.part.is_none_or(|wanted| wanted == *part)).try_for_each(|part| {
+        measure(part, &settings, trained.as_ref(), &mut |row| {
+            println!("{}", row.line(gpu));
+            rows.push(row);
+        })
+    });
+    // With a failure, too: what was measured before it.
     if let Some(path) = &args.json {
-        let text = serde_json::to_string_pretty(&rows)?;
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        std::fs::write(path, serde_json::to_string_pretty(&rows)?).with_context(|| cannot_write(path))?;
     }
-    Ok(())
+    measured
+}
+
+fn cannot_write(path: &Path) -> String {
+    format!("cannot write {}", path.display())
 }
 
 fn measure(part: Part, settings: &Settings, trained: Option<&Trained>, each: &mut dyn FnMut(Row)) -> Result<()> {
@@ -153,7 +176,7 @@ fn time(settings: &Settings, mut body: impl FnMut() -> Result<()>) -> Result<Sec
     for _ in 0..settings.warm_up {
         body()?;
     }
-    let mut seconds = Vec::with_capacity(settings.repeats);
+    let mut seconds = Vec::new();
     for _ in 0..settings.repeats {
         seconds.push(match &queue {
             Some(queue) => {

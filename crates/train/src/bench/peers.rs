@@ -85,8 +85,9 @@ impl Peers {
             let _ = input.write_all(&serde_json::to_vec(request)?);
         }
         let output = child.stdout.take().context("the output of python was not piped")?;
-        for line in BufReader::new(output).lines() {
-            peers.take(&line.with_context(|| format!("cannot read what {python} writes"))?);
+        for line in BufReader::new(output).split(b'\n') {
+            let line = line.with_context(|| format!("cannot read what {python} writes"))?;
+            peers.take(&String::from_utf8_lossy(&line));
         }
         let status = child.wait().with_context(|| format!("cannot wait for {python}"))?;
         if !status.success() {

@@ -63,6 +63,9 @@ impl Trained {
             .config()
             .and_then(|config| held_out(&config))
             .context("the run's held-out text cannot be opened; --data names another one")?;
+        if stream.is_empty() {
+            bail!("{} holds out no text; --data names another one", self.run.display());
+        }
         self.loaded.check_vocabulary(&stream, &self.run)?;
         Ok(stream)
     }
