@@ -85,9 +85,11 @@ struct LayerCache {
     value: Tensor,
 }
 
-/// Tokens of a text that go through the model at once, for stick-breaking. Beside the cache only attention's queries and
-/// outputs are as long as the text, one layer's at a time; the rest depends on the chunk. Enough to fill a GPU.
+/// Tokens of a text that go through the model at once, for stick-breaking: enough to fill a GPU, and of a long text more, so
+/// that it has [`CHUNKS`] chunks at most. Attention runs over the whole text so far for every chunk, with zeros in place of
+/// the queries that have been answered; without a bound their number would grow with the square of the length.
 const CHUNK: usize = 4096;
+const CHUNKS: usize = 8;
 
 /// A model in the middle of a text: the cache of the tokens so far and the logits of the next one.
 pub struct Generator<'m> {
@@ -105,7 +107,7 @@ impl<'m> Generator<'m> {
     /// # Errors
     /// If the prompt is empty or holds an id outside of the vocabulary.
     pub fn new(model: &'m Transformer, prompt: &[u32]) -> Result<Self> {
-        Self::in_chunks(model, prompt, CHUNK)
+        Self::in_chunks(model, prompt, CHUNK.max(prompt.len().div_ceil(CHUNKS)))
     }
 
     /// [`new`](Self::new) with so many tokens at once. Softmax attention takes the prompt whole, whatever `chunk` is.

@@ -136,7 +136,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     println!("{}", Row::header(gpu));
     let mut rows = Vec::new();
     let parts = [Part::Gemm, Part::Attention, Part::Decode, Part::Train].into_iter();
-    let measured = parts.filter(|part| args.part.is_none_or(|wanted| wanted == *part)).try_for_each(|part| {
+    let wanted = |part: Part| match args.part {
+        Some(asked) => asked == part,
+        None => part == Part::Train || trained.as_ref().is_none_or(Trained::skips_tiles),
+    };
+    if let (None, Some(trained)) = (args.part, trained.as_ref().filter(|trained| !trained.skips_tiles())) {
+        println!("{}: softmax attention skips nothing, so only its training step is measured", trained.name);
+    }
+    let measured = parts.filter(|part| wanted(*part)).try_for_each(|part| {
         measure(part, &settings, trained.as_ref(), &mut |row| {
             println!("{}", row.line(gpu));
             rows.push(row);

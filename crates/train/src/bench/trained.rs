@@ -42,11 +42,17 @@ impl Trained {
     }
 
     /// Refuses a softmax model, which skips nothing.
+    /// Whether its attention is stick-breaking.
+    pub(super) fn skips_tiles(&self) -> bool {
+        self.loaded.model.config().attention == AttentionKind::StickBreaking
+    }
+
     pub(super) fn expect_stick_breaking(&self) -> Result<()> {
-        match self.loaded.model.config().attention {
-            AttentionKind::StickBreaking => Ok(()),
-            other => bail!("{}: its attention is {other:?}, and only stick-breaking skips tiles", self.run.display()),
+        if self.skips_tiles() {
+            return Ok(());
         }
+        let other = self.loaded.model.config().attention;
+        bail!("{}: its attention is {other:?}, and only stick-breaking skips tiles", self.run.display())
     }
 
     /// How the run was configured.
