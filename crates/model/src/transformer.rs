@@ -357,6 +357,12 @@ impl Transformer {
         &self.arena
     }
 
+    /// The weights of the projections behind attention, first layer to last: in a backward pass attention comes right behind
+    /// each of their gradients.
+    pub fn output_projections(&self) -> impl Iterator<Item = ParameterId> + '_ {
+        self.blocks.iter().map(|block| block.output.id)
+    }
+
     /// The layers, first to last.
     pub fn blocks(&self) -> &[Arc<Block>] {
         &self.blocks

@@ -131,7 +131,8 @@ impl Optimizer {
 
     /// What sums the gradients of the backward pass to come over the ranks.
     pub fn reducer(&self, model: &Transformer) -> GradientReducer {
-        GradientReducer::new(Arc::clone(&self.communicator), &self.layout, model.arena(), self.wire)
+        let communicator = Arc::clone(&self.communicator);
+        GradientReducer::new(communicator, &self.layout, model.arena(), self.wire, model.output_projections())
     }
 
     /// The gradients that this rank sums up and uses: its part of a bucket.

@@ -97,7 +97,7 @@ impl Row {
     /// The columns' names.
     pub(super) fn header(gpu: bool) -> String {
         let rate = if gpu { "TFLOP/s" } else { "GFLOP/s" };
-        format!("{:<10} {:<44} {:<28} {:>9} {:>9} {rate:>9} {:>9}", "part", "what", "shape", "ms", "best ms", "tok/s")
+        format!("{:<10} {:<52} {:<28} {:>9} {:>9} {rate:>9} {:>9}", "part", "what", "shape", "ms", "best ms", "tok/s")
     }
 
     /// A line of the table.
@@ -106,7 +106,7 @@ impl Row {
         let rate = if gpu { self.gflops_per_second / 1e3 } else { self.gflops_per_second };
         let Self { part, name, shape, milliseconds, fastest_milliseconds, .. } = self;
         let mut line = format!(
-            "{part:<10} {name:<44} {shape:<28} {milliseconds:>9.3} {fastest_milliseconds:>9.3} {rate:>9.1} {tokens:>9}"
+            "{part:<10} {name:<52} {shape:<28} {milliseconds:>9.3} {fastest_milliseconds:>9.3} {rate:>9.1} {tokens:>9}"
         );
         if let Some(loss) = self.loss {
             line += &format!("  loss {loss:.4}");

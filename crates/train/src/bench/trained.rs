@@ -91,6 +91,11 @@ impl Trained {
             return Ok(chosen.clone());
         }
         let (available, long): (Vec<usize>, Vec<usize>) = defaults.iter().partition(|&&length| length as u64 <= tokens);
+        if let (true, Some(shortest)) = (available.is_empty(), long.iter().min()) {
+            bail!(
+                "the held-out text has {tokens} tokens, fewer than the shortest window, {shortest}: --lengths has shorter ones"
+            );
+        }
         if !long.is_empty() {
             println!("the held-out text has {tokens} tokens: no windows of {long:?}");
         }
