@@ -157,8 +157,11 @@ fn what_cannot_be_measured_is_refused() {
     // Another text, and a text that is gone.
     let short = workspace.path("short.txt");
     fs::write(&short, "the cat sees the dog. ".repeat(20)).unwrap();
+    let error = refused(bench(&run, &["attention"]).arg("--data").arg(&short));
+    assert!(error.contains("441 tokens") && error.contains("512") && error.contains("--lengths"), "{error}");
+    fs::write(&short, "the cat sees the dog. ".repeat(30)).unwrap();
     let (table, _) = succeed(bench(&run, &["attention"]).arg("--data").arg(&short));
-    assert!(table.contains("has 441 tokens: no windows of [512, 1024, 2048]"), "{table}");
+    assert!(table.contains("has 661 tokens: no windows of [1024, 2048]"), "{table}");
     fs::remove_dir_all(workspace.path("data")).unwrap();
     let error = refused(&mut bench(&run, &["attention"]));
     assert!(error.contains("--data") && error.contains("data"), "{error}");
