@@ -34,23 +34,32 @@ DEVICE float clamp(float x, float limit) {
     return y;
 }
 
-// Products over the quad's lanes: `newer` over the lanes of newer keys (larger c), `all` over the four.
-DEVICE void scan_products(float x, float& newer, float& all) {
-    int c = threadIdx.x & 3;
+// Over the quad's lanes of newer keys (larger c): the product.
+DEVICE float newer_product(float x) {
+    const int c = threadIdx.x & 3;
     float next = __shfl_down_sync(FULL_MASK, x, 1, 4);
     if (c == 3) next = 1.0f;
     float second = __shfl_down_sync(FULL_MASK, x * next, 2, 4);
     if (c >= 2) second = 1.0f;
-    newer = next * second;
-    all = __shfl_sync(FULL_MASK, x * newer, 0, 4);
+    return next * second;
 }
-// Sums over the quad's lanes: `older` over the lanes of older keys (smaller c), `all` over the four.
-DEVICE void scan_sums(float x, float& older, float& all) {
-    int c = threadIdx.x & 3;
+// Over the quad's lanes of older keys (smaller c): the sum.
+DEVICE float older_sum(float x) {
+    const int c = threadIdx.x & 3;
     float next = __shfl_up_sync(FULL_MASK, x, 1, 4);
     if (c == 0) next = 0.0f;
     float second = __shfl_up_sync(FULL_MASK, x + next, 2, 4);
     if (c < 2) second = 0.0f;
-    older = next + second;
+    return next + second;
+}
+
+// Products over the quad's lanes: `newer` over the lanes of newer keys (larger c), `all` over the four.
+DEVICE void scan_products(float x, float& newer, float& all) {
+    newer = newer_product(x);
+    all = __shfl_sync(FULL_MASK, x * newer, 0, 4);
+}
+// Sums over the quad's lanes: `older` over the lanes of older keys (smaller c), `all` over the four.
+DEVICE void scan_sums(float x, float& older, float& all) {
+    older = older_sum(x);
     all = __shfl_sync(FULL_MASK, x + older, 3, 4);
 }

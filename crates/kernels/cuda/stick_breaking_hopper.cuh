@@ -42,6 +42,32 @@ template <int keys> DEVICE void copy_last_tile(u8* to, const bf16* from, int str
     }
 }
 
+// Brings a tile of keys or values, rows from `row` on and columns from `column` on, to an empty stage; `full` completes when it
+// is there. `from` and `stride` are those of the tensor, which has so many tokens.
+template <int keys>
+DEVICE void bring_tile(u8* to, u32 full, const TensorMap& map, const bf16* from, int stride, int tokens, int row, int column) {
+    const int lane = threadIdx.x & 31;
+    if (row + keys <= tokens) {
+        if (lane == 0) {
+            barrier_expect(full, HEAD_DIM / 64 * keys * 128);
+#pragma unroll
+            for (int chunk = 0; chunk < HEAD_DIM / 64; chunk++)
+                copy_box(shared_address(to) + chunk * keys * 128, map, full, column + 64 * chunk, row, 0, 0);
+        }
+    } else {
+        copy_last_tile<keys>(to, from + (i64)row * stride + column, stride, tokens - row);
+        publish_shared();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(full);
+    }
+    __syncwarp();
+}
+
+// A tile that another thread has put into shared memory.
+DEVICE Tile uniform(const volatile Tile& tile) {
+    return {uniform(tile.start), uniform(tile.length), uniform(tile.first), uniform(tile.entry), uniform(tile.piece)};
+}
+
 // Where the scores keep key x (of the lane's 32) of row r (of the lane's two: g and g + 8).
 constexpr __device__ int score_at(int r, int x) { return 4 * (x >> 1) + 2 * r + (x & 1); }
 
@@ -58,25 +84,6 @@ DEVICE void transpose_quad(u32 (&w)[4]) {
         u32 got = __shfl_xor_sync(FULL_MASK, high ? w[i] : w[i + 2], 2);
         (high ? w[i] : w[i + 2]) = got;
     }
-}
-
-// Over the quad's lanes of newer keys (larger c): the product.
-DEVICE float newer_product(float x) {
-    const int c = threadIdx.x & 3;
-    float next = __shfl_down_sync(FULL_MASK, x, 1, 4);
-    if (c == 3) next = 1.0f;
-    float second = __shfl_down_sync(FULL_MASK, x * next, 2, 4);
-    if (c >= 2) second = 1.0f;
-    return next * second;
-}
-// Over the quad's lanes of older keys (smaller c): the sum.
-DEVICE float older_sum(float x) {
-    const int c = threadIdx.x & 3;
-    float next = __shfl_up_sync(FULL_MASK, x, 1, 4);
-    if (c == 0) next = 0.0f;
-    float second = __shfl_up_sync(FULL_MASK, x + next, 2, 4);
-    if (c < 2) second = 0.0f;
-    return next + second;
 }
 
 // d = left right^T over HEAD_DIM columns: tiles in shared memory, whose chunks of 64 columns are so many bytes apart.

@@ -287,8 +287,7 @@ DEVICE void consume(const Backward& p, u8* shared) {
         const volatile Item& item = control.item;
         const int head = uniform(item.head);
         if (head < 0) break;
-        const Tile tile = {uniform(item.tile.start), uniform(item.tile.length), uniform(item.tile.first),
-                           uniform(item.tile.entry), uniform(item.tile.piece)};
+        const Tile tile = uniform(item.tile);
         const int oldest = uniform(item.oldest), end = uniform(item.end);
 
         // This warpgroup's piece of the item; this lane's rows in the document are row and row + 8.

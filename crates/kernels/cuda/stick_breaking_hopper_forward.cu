@@ -103,23 +103,6 @@ DEVICE void produce(const Forward& p, const TensorMap& q_map, const TensorMap& k
     volatile int* stopped = control.stopped;
     const u32 q_shared = shared_address(shared);
 
-    auto copy_tile = [&](const TensorMap& map, const bf16* from, int stride, u8* to, u32 full, int row, int column) {
-        if (row + TILE_KEYS <= p.tokens) {
-            if (lane == 0) {
-                barrier_expect(full, TILE_BYTES);
-#pragma unroll
-                for (int chunk = 0; chunk < COLUMN_CHUNKS; chunk++)
-                    copy_box(shared_address(to) + chunk * KEY_CHUNK_BYTES, map, full, column + 64 * chunk, row, 0, 0);
-            }
-        } else {
-            copy_last_tile<TILE_KEYS>(to, from + (i64)row * stride + column, stride, p.tokens - row);
-            publish_shared();
-            __syncwarp();
-            if (lane == 0) barrier_arrive(full);
-        }
-        __syncwarp();
-    };
-
     // A ring's stages start out empty: the producer is one round ahead.
     Place k_at = {0, 1}, v_at = {0, 1};
     u32 item_parity = 1;
@@ -138,7 +121,8 @@ DEVICE void produce(const Forward& p, const TensorMap& q_map, const TensorMap& k
             if (lane == 0) k_tile[k_at.stage] = n;
             const u32 full = shared_address(&control.k_full[k_at.stage]);
             if (n >= 0) {
-                copy_tile(k_map, p.k, p.key_stride, k_tiles + k_at.stage * TILE_BYTES, full, tile.start + n * TILE_KEYS, column);
+                bring_tile<TILE_KEYS>(k_tiles + k_at.stage * TILE_BYTES, full, k_map, p.k, p.key_stride, p.tokens,
+                                      tile.start + n * TILE_KEYS, column);
             } else if (lane == 0) {
                 barrier_arrive(full);
             }
@@ -172,8 +156,8 @@ DEVICE void produce(const Forward& p, const TensorMap& q_map, const TensorMap& k
                 push_k(stop ? NO_MORE : n - 1);
             }
             barrier_wait(shared_address(&control.v_empty[v_at.stage]), v_at.parity);
-            copy_tile(v_map, p.v, p.value_stride, v_tiles + v_at.stage * TILE_BYTES,
-                      shared_address(&control.v_full[v_at.stage]), tile.start + n * TILE_KEYS, column);
+            bring_tile<TILE_KEYS>(v_tiles + v_at.stage * TILE_BYTES, shared_address(&control.v_full[v_at.stage]), v_map, p.v,
+                                  p.value_stride, p.tokens, tile.start + n * TILE_KEYS, column);
             v_at.advance<STAGES>();
             if (stop) break;
         }
@@ -360,8 +344,7 @@ DEVICE void consume(const Forward& p, u8* shared) {
         const volatile Item& item = control.item;
         const int head = uniform(item.head);
         if (head < 0) break;
-        const Tile tile = {uniform(item.tile.start), uniform(item.tile.length), uniform(item.tile.first),
-                           uniform(item.tile.entry), uniform(item.tile.piece)};
+        const Tile tile = uniform(item.tile);
 
         // This warpgroup's piece of the item; this lane's rows in the document are row and row + 8.
         const int first = tile.first + group * PIECE, row = first + warp * 16 + g, piece = first / PIECE;

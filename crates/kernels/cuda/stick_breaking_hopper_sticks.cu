@@ -104,23 +104,8 @@ DEVICE void produce(const Sticks& p, const TensorMap& q_map, const TensorMap& k_
         }
         auto push = [&](int n) {
             barrier_wait(shared_address(&control.empty[at.stage]), at.parity);
-            const u32 full = shared_address(&control.full[at.stage]);
-            u8* to = shared + RING + at.stage * TILE_BYTES;
-            const int row = tile.start + n * TILE_KEYS;
-            if (row + TILE_KEYS <= p.tokens) {
-                if (lane == 0) {
-                    barrier_expect(full, TILE_BYTES);
-#pragma unroll
-                    for (int chunk = 0; chunk < COLUMN_CHUNKS; chunk++)
-                        copy_box(shared_address(to) + chunk * KEY_CHUNK_BYTES, k_map, full, column + 64 * chunk, row, 0, 0);
-                }
-            } else {
-                copy_last_tile<TILE_KEYS>(to, p.k + (i64)row * p.key_stride + column, p.key_stride, p.tokens - row);
-                publish_shared();
-                __syncwarp();
-                if (lane == 0) barrier_arrive(full);
-            }
-            __syncwarp();
+            bring_tile<TILE_KEYS>(shared + RING + at.stage * TILE_BYTES, shared_address(&control.full[at.stage]), k_map, p.k,
+                                  p.key_stride, p.tokens, tile.start + n * TILE_KEYS, column);
             at.advance<STAGES>();
         };
 
@@ -223,8 +208,7 @@ DEVICE void consume(const Sticks& p, u8* shared) {
         const volatile Item& item = control.item;
         const int head = uniform(item.head);
         if (head < 0) break;
-        const Tile tile = {uniform(item.tile.start), uniform(item.tile.length), uniform(item.tile.first),
-                           uniform(item.tile.entry), uniform(item.tile.piece)};
+        const Tile tile = uniform(item.tile);
         const int newest = uniform(item.newest), oldest = uniform(item.oldest);
 
         // This warpgroup's piece of the item; this lane's rows in the document are row and row + 8.

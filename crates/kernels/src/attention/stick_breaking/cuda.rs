@@ -443,10 +443,12 @@ impl TileLists {
         Ok(Self { memory: Arc::new(queue.upload(tiles.as_flattened())?), spans })
     }
 
-    /// The list of a size that was asked for.
-    fn get(&self, size: TileSize) -> Tiles {
-        let span = self.spans.iter().find(|(of, _)| *of == size).map_or(0..0, |(_, span)| span.clone());
-        Tiles { memory: self.memory.clone(), span }
+    /// The list of a size that was asked for; of another one there is none, rather than one without tiles.
+    fn get(&self, size: TileSize) -> Result<Tiles> {
+        match self.spans.iter().find(|(of, _)| *of == size) {
+            Some((_, span)) => Ok(Tiles { memory: self.memory.clone(), span: span.clone() }),
+            None => Err(KernelError::size(FORWARD, "the tile list", "one of the plan's", format!("{size:?}"))),
+        }
     }
 }
 
@@ -543,9 +545,9 @@ impl TensorCores {
             shape,
             entries,
             pieces: documents.iter().map(|document| document.len().div_ceil(PIECE)).sum(),
-            query_tiles: lists.get(queries),
-            dq_tiles: lists.get(dq),
-            key_tiles: lists.get(keys),
+            query_tiles: lists.get(queries)?,
+            dq_tiles: lists.get(dq)?,
+            key_tiles: lists.get(keys)?,
             forward: kernel("stick_breaking_forward_bf16")?,
             forward_log: kernel("stick_breaking_forward_log_bf16")?,
             sticks: kernel("stick_breaking_sticks_bf16")?,

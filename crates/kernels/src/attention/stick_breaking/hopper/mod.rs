@@ -217,16 +217,16 @@ impl Hopper {
         queue: &Queue,
         layout: &AttentionLayout,
         choice: Choice,
-        tiles: impl Fn(TileSize) -> Tiles,
+        tiles: impl Fn(TileSize) -> Result<Tiles>,
     ) -> Result<Self> {
         if let Some(refusal) = refusal(queue, layout) {
             return Err(refusal);
         }
         let Choice { forward, sticks, dq, dkv, rebuild } = choice;
-        let forward = forward.map(|of| forward::Forward::new(queue, layout, tiles(of.tile_size()), of));
-        let sticks = sticks.map(|of| sticks::Sticks::new(queue, layout, tiles(of.tile_size()), of));
-        let dq = dq.map(|of| dq::Dq::new(queue, layout, tiles(of.tile_size()), of));
-        let dkv = dkv.map(|of| dkv::Dkv::new(queue, layout, tiles(dkv::TILE_SIZE), of));
+        let forward = forward.map(|of| forward::Forward::new(queue, layout, tiles(of.tile_size())?, of));
+        let sticks = sticks.map(|of| sticks::Sticks::new(queue, layout, tiles(of.tile_size())?, of));
+        let dq = dq.map(|of| dq::Dq::new(queue, layout, tiles(of.tile_size())?, of));
+        let dkv = dkv.map(|of| dkv::Dkv::new(queue, layout, tiles(dkv::TILE_SIZE)?, of));
         Ok(Self {
             forward: forward.transpose()?,
             sticks: sticks.transpose()?,
