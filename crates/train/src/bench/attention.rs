@@ -2,7 +2,7 @@
 //! forward 4 B H D L^2 / 2 flops, backward 2.5 forwards.
 
 use super::peers::Peers;
-use super::row::{AttentionFigures, Row};
+use super::row::{self, AttentionFigures, Row};
 use super::{Seconds, Settings, random, time};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -58,8 +58,8 @@ impl AttentionShape {
 impl fmt::Display for AttentionShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { batch, heads, kv_heads, length, head_dim } = self;
-        let groups = if kv_heads == heads { String::new() } else { format!("/{kv_heads}") };
-        write!(f, "B{batch} H{heads}{groups} L{length} D{head_dim}")
+        let heads = row::heads(*heads, *kv_heads);
+        write!(f, "B{batch} H{heads} L{length} D{head_dim}")
     }
 }
 
@@ -117,6 +117,24 @@ impl AddAssign for Passes {
     }
 }
 
+/// What a pass counts as, in forward passes.
+pub(super) const FORWARD: f64 = 1.0;
+pub(super) const BACKWARD: f64 = 2.5;
+
+/// The row of a pass that counts as so many forward passes; `layers` of the shape are in the time.
+pub(super) fn pass_row(
+    name: &str,
+    pass: &str,
+    shape: AttentionShape,
+    layers: usize,
+    seconds: Seconds,
+    forwards: f64,
+) -> Row {
+    let flops = forwards * layers as f64 * shape.forward_flops();
+    let row = Row::new("attention", format!("{name}, {pass}"), row::of_layers(shape, layers), seconds, flops, None);
+    Row { attention: Some(AttentionFigures { layers, ..AttentionFigures::default() }), ..row }
+}
+
 impl Passes {
     pub(super) fn times(self, layers: usize) -> Self {
         let mut sum = Self::default();
@@ -126,14 +144,12 @@ impl Passes {
 
     /// One row a pass; `layers` of the shape are in the times.
     pub(super) fn rows(&self, name: &str, shape: AttentionShape, layers: usize) -> Vec<Row> {
-        let text = if layers == 1 { shape.to_string() } else { format!("{layers} x ({shape})") };
-        let row = |pass: &str, seconds, forwards: f64| {
-            let flops = forwards * layers as f64 * shape.forward_flops();
-            let row = Row::new("attention", format!("{name}, {pass}"), text.clone(), seconds, flops, None);
-            Row { attention: Some(AttentionFigures { layers, ..AttentionFigures::default() }), ..row }
-        };
-        let no_grad = self.no_grad.map(|seconds| row("no grad", seconds, 1.0));
-        no_grad.into_iter().chain([row("forward", self.forward, 1.0), row("backward", self.backward, 2.5)]).collect()
+        let row = |pass, seconds, forwards| pass_row(name, pass, shape, layers, seconds, forwards);
+        let no_grad = self.no_grad.map(|seconds| row("no grad", seconds, FORWARD));
+        no_grad
+            .into_iter()
+            .chain([row("forward", self.forward, FORWARD), row("backward", self.backward, BACKWARD)])
+            .collect()
     }
 }
 

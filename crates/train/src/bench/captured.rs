@@ -7,7 +7,7 @@
 
 use super::attention::{AttentionShape, Passes, Problem, time_softmax, time_stick_breaking};
 use super::peers::Peers;
-use super::row::Row;
+use super::row::{AttentionFigures, Row};
 use super::trained::Trained;
 use super::{Settings, random};
 use crate::metrics::mean_share;
@@ -113,13 +113,11 @@ impl Captured {
         let (layers, mut rows) = (self.layers(), Vec::new());
         let name = format!("{}, early exit 2^-{}", trained.name, trained.early_exit_bits());
         for mut row in self.early_exit.rows(&name, self.shape, layers) {
-            if let Some(figures) = &mut row.attention {
-                figures.tiles_skipped = Some(mean_share(&self.skipped));
-                figures.tiles_skipped_by_layer =
-                    self.skipped.iter().map(|heads| mean_share(std::slice::from_ref(heads))).collect();
+            row.attention = row.attention.map(|figures| {
                 let [o, gradients @ ..] = self.apart;
-                figures.apart_from_dense = if row.name.ends_with("backward") { gradients.to_vec() } else { vec![o] };
-            }
+                let apart = if row.name.ends_with("backward") { gradients.to_vec() } else { vec![o] };
+                AttentionFigures { apart_from_dense: apart, ..figures.with_skipped(&self.skipped) }
+            });
             rows.push(row);
         }
         rows.extend(self.dense.rows(&format!("{}, dense", trained.name), self.shape, layers));

@@ -4,7 +4,7 @@
 //! A cache is read once for a token, so a device's memory bounds it. Calls go round through so many caches that none is
 //! still in the device's own cache from the call before, as those of a model's other layers see to it.
 
-use super::row::{CacheFigures, Row};
+use super::row::{self, CacheFigures, Row};
 use super::trained::Trained;
 use super::{Seconds, Settings, median, random, time};
 use crate::trainer::available_memory;
@@ -54,8 +54,8 @@ impl DecodeShape {
 impl fmt::Display for DecodeShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { sequences, heads, kv_heads, context, head_dim } = self;
-        let groups = if kv_heads == heads { String::new() } else { format!("/{kv_heads}") };
-        write!(f, "S{sequences} H{heads}{groups} L{context} D{head_dim}")
+        let heads = row::heads(*heads, *kv_heads);
+        write!(f, "S{sequences} H{heads} L{context} D{head_dim}")
     }
 }
 
@@ -151,10 +151,9 @@ struct Basis {
 impl Basis {
     fn row(&self, name: String, early_exit_bits: u32, seconds: Seconds) -> Row {
         let Self { shape, layers, dtype, copy_rate } = *self;
-        let text = if layers == 1 { shape.to_string() } else { format!("{layers} x ({shape})") };
         let flops = layers as f64 * shape.flops();
         let bytes = layers * shape.cache_bytes(dtype);
-        let row = Row::new("decode", name, text, seconds, flops, Some(shape.sequences));
+        let row = Row::new("decode", name, row::of_layers(shape, layers), seconds, flops, Some(shape.sequences));
         Row { cache: Some(figures(bytes, early_exit_bits == 0, seconds, copy_rate)), ..row }
     }
 }

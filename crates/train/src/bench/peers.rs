@@ -2,8 +2,8 @@
 //! the same shapes. Whatever keeps one from being timed is told and ends nothing.
 
 use super::Settings;
-use super::attention::AttentionShape;
-use super::row::{AttentionFigures, Row};
+use super::attention::{AttentionShape, BACKWARD, FORWARD, pass_row};
+use super::row::Row;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
@@ -133,15 +133,12 @@ impl Peers {
 impl PeerTime {
     fn row(&self, layers: usize) -> Row {
         let (pass, forwards) = match self.pass {
-            Pass::Forward => ("forward", 1.0),
-            Pass::Backward => ("backward", 2.5),
+            Pass::Forward => ("forward", FORWARD),
+            Pass::Backward => ("backward", BACKWARD),
         };
-        let shape = if layers == 1 { self.shape.to_string() } else { format!("{layers} x ({})", self.shape) };
         let count = layers as f64;
         let seconds = (count * self.milliseconds / 1e3, count * self.fastest_milliseconds / 1e3);
-        let flops = count * forwards * self.shape.forward_flops();
-        let row = Row::new("attention", format!("{}, {pass}", self.name), shape, seconds, flops, None);
-        Row { attention: Some(AttentionFigures { layers, ..AttentionFigures::default() }), ..row }
+        pass_row(&self.name, pass, self.shape, layers, seconds, forwards)
     }
 }
 

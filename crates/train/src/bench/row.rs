@@ -1,6 +1,18 @@
 //! A measurement, as a line of the table and as JSON.
 
+use crate::metrics::mean_share;
 use serde::Serialize;
+use std::fmt::Display;
+
+/// A shape of so many layers at once.
+pub(super) fn of_layers(shape: impl Display, layers: usize) -> String {
+    if layers == 1 { shape.to_string() } else { format!("{layers} x ({shape})") }
+}
+
+/// Query heads, and behind a stroke key heads if there are fewer.
+pub(super) fn heads(query: usize, key: usize) -> String {
+    if key == query { query.to_string() } else { format!("{query}/{key}") }
+}
 
 /// One measurement.
 #[derive(Debug, Clone, Serialize)]
@@ -54,6 +66,18 @@ pub(super) struct AttentionFigures {
     /// largest of all layers.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) apart_from_dense: Vec<f64>,
+}
+
+impl AttentionFigures {
+    /// With what early exit left out, by layer and head.
+    pub(super) fn with_skipped(self, shares: &[Vec<f64>]) -> Self {
+        let of_layer = |heads| mean_share(std::slice::from_ref(heads));
+        Self {
+            tiles_skipped: Some(mean_share(shares)),
+            tiles_skipped_by_layer: shares.iter().map(of_layer).collect(),
+            ..self
+        }
+    }
 }
 
 /// What decoding shows beside its time.

@@ -5,7 +5,6 @@ use super::Settings;
 use super::gpu_step::{StepTimes, time_steps};
 use super::row::{AttentionFigures, Row};
 use super::trained::Trained;
-use crate::metrics::mean_share;
 use crate::optimizer::Optimizer;
 use anyhow::Result;
 use stickbreak_model::AttentionKind;
@@ -35,11 +34,8 @@ pub(super) fn measure(settings: &Settings, trained: &Trained, each: &mut dyn FnM
         let times: StepTimes = time_steps(settings, &model, &optimizer, (0.0, config.train.recompute), &name, next)?;
         let mut row = times.row(name, format!("{sequences} x {length} tokens"));
         row.loss = Some(times.loss);
-        row.attention = model.take_skipped_tiles()?.map(|shares| AttentionFigures {
-            layers: shares.len(),
-            tiles_skipped: Some(mean_share(&shares)),
-            tiles_skipped_by_layer: shares.iter().map(|heads| mean_share(std::slice::from_ref(heads))).collect(),
-            ..AttentionFigures::default()
+        row.attention = model.take_skipped_tiles()?.map(|shares| {
+            AttentionFigures { layers: shares.len(), ..AttentionFigures::default() }.with_skipped(&shares)
         });
         each(row);
     }
