@@ -2,7 +2,8 @@
 // NVRTC needs no include path and no CUDA header.
 //
 // Types: float, and bf16 as raw bits (`bf16`). All arithmetic is in float; bf16 is rounded to nearest even once, when a
-// result is stored. There are no float atomics anywhere, so that the same launch gives the same bits.
+// result is stored. Every sum has a fixed order, so that the same launch gives the same bits: there are no float atomics
+// but in stick_breaking_hopper_backward.cu, whose blocks take turns.
 
 typedef unsigned char u8;
 typedef unsigned short u16;

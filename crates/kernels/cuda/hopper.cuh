@@ -190,6 +190,23 @@ DEVICE void multiply_transposed(float (&d)[64], u64 a, u64 b) {
         : ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32) : "l"(a), "l"(b));
 }
 
+// d (+)= a b for 64 x 64: both operands in shared memory, a with rows along the inner dimension, b with rows across it.
+template <bool add> DEVICE void multiply_across(float (&d)[32], u64 a, u64 b) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_32 "}, %32, %33, p, 1, 1, 0, 1;\n\t}"
+        : ACCUMULATORS_32(d, 0) : "l"(a), "l"(b), "n"((int)add));
+}
+
+// The same for 64 x 32.
+template <bool add> DEVICE void multiply_across(float (&d)[16], u64 a, u64 b) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %18, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
+        "%14, %15}, %16, %17, p, 1, 1, 0, 1;\n\t}"
+        : ACCUMULATORS_8(d, 0), ACCUMULATORS_8(d, 8) : "l"(a), "l"(b), "n"((int)add));
+}
+
 // Four 8 x 8 matrices of accumulators, rounded and packed in pairs; each lane has the address of one of their rows.
 DEVICE void store_matrices(u32 address, const u32 (&x)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"

@@ -12,7 +12,7 @@ use stickbreak_kernels::attention::stick_breaking::StickBreakingSpec;
 use stickbreak_kernels::attention::stick_breaking::cuda::{Kernels, Plan};
 use stickbreak_kernels::attention::stick_breaking::hopper::forward::Tuning;
 use stickbreak_kernels::attention::stick_breaking::hopper::probe::{self, Probe};
-use stickbreak_kernels::attention::stick_breaking::hopper::{Choice, Turns, dkv, dq, sticks};
+use stickbreak_kernels::attention::stick_breaking::hopper::{Choice, Turns, backward, dkv, dq, sticks};
 use stickbreak_kernels::cuda::{DeviceType, Queue, Scratch, sources_for};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -144,6 +144,11 @@ fn describe(choice: &Choice) -> String {
     if let Some(dq::Tuning { warpgroups, stages, turns, .. }) = choice.dq {
         text += &format!("dq: {warpgroups} warpgroups, {stages} stages{}", turned(turns));
     }
+    if let Some(backward::Tuning { stages, pairs, ahead }) = choice.backward {
+        let options = [(ahead, " ahead"), (pairs, " pairs")];
+        let options: String = options.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect();
+        text += &format!("backward: {stages} stages{options}");
+    }
     text
 }
 
@@ -231,6 +236,9 @@ fn main() -> Outcome<()> {
                         let products = match *part {
                             "dq" => 3.0,
                             "dk, dv" => 4.0,
+                            "backward" => 5.0,
+                            // It has none.
+                            "finish" => 0.0,
                             _ => 1.0,
                         };
                         format!("{part} {time:.3}, {:.0}", rate(products, *time))

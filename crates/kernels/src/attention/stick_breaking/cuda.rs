@@ -650,11 +650,15 @@ impl TensorCores {
     ) -> Result<()> {
         let layout = &spec.layout;
         let group = layout.group();
-        let arrays = if saved.is_some() { 1 } else { 2 };
-        let group_bytes = arrays * group * self.head_state() * size_of::<f32>();
+        let single = self.hopper.as_ref().and_then(|hopper| hopper.backward.as_ref());
+        // What a head needs: the sums, or the chains of the single pass, and the state where it is rebuilt.
+        let state_bytes = self.head_state() * size_of::<f32>();
+        let chain_bytes = single.map(|_| hopper::backward::Chains::head_bytes(layout.head_dim, self.pieces));
+        let rebuilt_bytes = if saved.is_some() { 0 } else { state_bytes };
+        let group_bytes = group * (rebuilt_bytes + chain_bytes.unwrap_or(state_bytes));
         let groups = (STATE_BYTES / group_bytes.max(1)).clamp(1, layout.kv_heads);
         let floats = groups * group * self.head_state();
-        let mut sums = queue.scratch(DeviceType::F32, floats)?;
+        let mut sums = queue.scratch(DeviceType::F32, if single.is_some() { 0 } else { floats })?;
         let mut rebuilt = if saved.is_some() { None } else { Some(queue.scratch(DeviceType::F32, floats)?) };
         let null = Arg::optional(None);
         for first_group in (0..layout.kv_heads).step_by(groups) {
@@ -742,6 +746,12 @@ impl TensorCores {
                 dk: gradients[1],
                 dv: gradients[2],
             };
+            if let Some(single) = single {
+                let mut chains = single.chains(queue, layout, self.pieces, first_head..first_head + heads)?;
+                run("backward", &mut || single.run(queue, spec, state, Self::factor(spec), &mut chains, &call))?;
+                run("finish", &mut || single.finish(queue, spec, self.pieces, &chains, call.dq))?;
+                continue;
+            }
             run("dq", &mut || {
                 if let Some(hopper) = self.hopper.as_ref().and_then(|hopper| hopper.dq.as_ref()) {
                     let heads = first_head..first_head + heads;
