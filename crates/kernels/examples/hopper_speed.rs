@@ -12,7 +12,7 @@ use stickbreak_kernels::attention::stick_breaking::StickBreakingSpec;
 use stickbreak_kernels::attention::stick_breaking::cuda::{Kernels, Plan};
 use stickbreak_kernels::attention::stick_breaking::hopper::forward::Tuning;
 use stickbreak_kernels::attention::stick_breaking::hopper::probe::{self, Probe};
-use stickbreak_kernels::attention::stick_breaking::hopper::{Choice, Turns, backward, dkv, dq, sticks};
+use stickbreak_kernels::attention::stick_breaking::hopper::{Choice, Turns, backward, sticks};
 use stickbreak_kernels::cuda::{DeviceType, Queue, Scratch, sources_for};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -135,14 +135,6 @@ fn describe(choice: &Choice) -> String {
     if let Some(sticks::Tuning { warpgroups, stages, turns, .. }) = choice.sticks {
         let turns = if turns { " turns" } else { "" };
         text += &format!("sticks: {warpgroups} warpgroups, {stages} stages{turns}");
-    }
-    if let Some(dkv::Tuning { stages, overlap, pairs, turns, .. }) = choice.dkv {
-        let options = [(overlap, " overlap"), (pairs, " pairs"), (turns, " turns")];
-        let options: String = options.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect();
-        text += &format!("dk, dv: {stages} stages{options}");
-    }
-    if let Some(dq::Tuning { warpgroups, stages, turns, .. }) = choice.dq {
-        text += &format!("dq: {warpgroups} warpgroups, {stages} stages{}", turned(turns));
     }
     if let Some(backward::Tuning { stages, pairs, ahead }) = choice.backward {
         let options = [(ahead, " ahead"), (pairs, " pairs")];

@@ -9,9 +9,9 @@ use cuda_support::{Watchdog, download, exact, poisoned, queue, same_bits, upload
 use half::bf16;
 use stickbreak_kernels::attention::AttentionLayout;
 use stickbreak_kernels::attention::stick_breaking::cuda::{Kernels, Plan, Saved};
+use stickbreak_kernels::attention::stick_breaking::hopper::Choice;
 use stickbreak_kernels::attention::stick_breaking::hopper::forward::Tuning;
 use stickbreak_kernels::attention::stick_breaking::hopper::probe::{self, Probe};
-use stickbreak_kernels::attention::stick_breaking::hopper::{Choice, backward};
 use stickbreak_kernels::attention::stick_breaking::{StickBreakingSpec, reference};
 use stickbreak_kernels::cuda::{DeviceType, Queue, Scratch, sources_for};
 
@@ -59,15 +59,6 @@ fn rebuilding(head_dim: usize) -> Kernels {
     Kernels::Hopper(Choice { rebuild: true, ..Choice::new(head_dim) })
 }
 
-/// The forward kernel, and the single kernel for the backward pass.
-fn single(head_dim: usize) -> Kernels {
-    Kernels::Hopper(single_pass(head_dim))
-}
-
-fn single_pass(head_dim: usize) -> Choice {
-    Choice { backward: Some(backward::Tuning::new(head_dim)), ..Choice::new(head_dim) }
-}
-
 /// Cases with their errors, and what was wrong.
 struct Table {
     queue: Queue,
@@ -101,9 +92,6 @@ impl Table {
         let found = run(&self.queue, spec, problem, hopper);
         let again = run(&self.queue, spec, problem, hopper);
         let rebuilt = run(&self.queue, spec, problem, rebuilding(head_dim));
-        let [one_pass, one_pass_again] = [(); 2].map(|()| run(&self.queue, spec, problem, single(head_dim)));
-        let one_pass_rebuilding = Kernels::Hopper(Choice { rebuild: true, ..single_pass(head_dim) });
-        let one_pass_rebuilt = run(&self.queue, spec, problem, one_pass_rebuilding);
         let portable = run(&self.queue, spec, problem, Kernels::Portable);
         let out = reference::forward(&dense, &problem.inputs()).unwrap();
         let gradients = reference::backward(&dense, &problem.inputs(), &problem.d_o, Some(&problem.d_rem)).unwrap();
@@ -120,16 +108,9 @@ impl Table {
             // Where the portable kernel, whose bounds are tested elsewhere, has an error of its own, the same is allowed.
             let fine = found.tensor <= (1.1 * portable.tensor).max(4e-3) && found.row <= (1.5 * portable.row).max(2e-2);
             self.expect(&name, fine, || format!("{what} {found:?}, portable {portable:?}"));
-            for (by, found) in [
-                ("a rebuilt state", &rebuilt),
-                ("the single pass", &one_pass),
-                ("the single pass and a rebuilt state", &one_pass_rebuilt),
-            ] {
-                let found = of(found, i);
-                let fine =
-                    found.tensor <= (1.1 * portable.tensor).max(4e-3) && found.row <= (1.5 * portable.row).max(2e-2);
-                self.expect(&name, fine, || format!("{what} by {by} {found:?}, portable {portable:?}"));
-            }
+            let found = of(&rebuilt, i);
+            let fine = found.tensor <= (1.1 * portable.tensor).max(4e-3) && found.row <= (1.5 * portable.row).max(2e-2);
+            self.expect(&name, fine, || format!("{what} by a rebuilt state {found:?}, portable {portable:?}"));
         }
         let less = rebuilt.saved.bytes() < found.saved.bytes();
         self.expect(&name, less, || "the state was not rebuilt, or had not been kept".into());
@@ -139,8 +120,6 @@ impl Table {
         let same = same_bits(&found.rem, &again.rem)
             && found.tensors.iter().zip(&again.tensors).all(|(one, two)| same_bits(one, two));
         self.expect(&name, same, || "two runs differ".into());
-        let same = one_pass.tensors.iter().zip(&one_pass_again.tensors).all(|(one, two)| same_bits(one, two));
-        self.expect(&name, same, || "two runs of the single pass differ".into());
         let (visited, causal) = found.saved.visited_tiles(&self.queue).unwrap();
         let (most, _) = portable.saved.visited_tiles(&self.queue).unwrap();
         if spec.early_exit_bits > 0 {
@@ -309,13 +288,10 @@ fn b3_saturated_scores_and_scales() {
         let problem = exact(&[301], (1, 1), head_dim, 300.0);
         let spec = StickBreakingSpec::new(problem.layout);
         let watchdog = Watchdog::new("scores beyond anything", PATIENCE);
-        let found =
-            [Kernels::Hopper(Choice::new(head_dim)), single(head_dim)].map(|of| run(&table.queue, &spec, &problem, of));
+        let found = run(&table.queue, &spec, &problem, Kernels::Hopper(Choice::new(head_dim)));
         drop(watchdog);
-        let finite = |found: &Found| {
-            found.tensors.iter().flatten().all(|x| x.is_finite()) && found.rem.iter().all(|x| x.is_finite())
-        };
-        table.expect("scores beyond anything", found.iter().all(finite), || format!("head dim {head_dim}: not finite"));
+        let finite = found.tensors.iter().flatten().all(|x| x.is_finite()) && found.rem.iter().all(|x| x.is_finite());
+        table.expect("scores beyond anything", finite, || format!("head dim {head_dim}: not finite"));
     }
     table.done();
 }
@@ -389,9 +365,9 @@ fn b5_many_items_give_the_same_bits() {
     let mut table = Table::new();
     for (head_dim, heads) in [(64, (24, 8)), (128, (16, 16))] {
         let problem = exact(&[1900, 300, 1, 77, 641], heads, head_dim, 1.0);
-        let ways = [("", Kernels::Hopper(Choice::new(head_dim))), (", single pass", single(head_dim))];
-        for (bits, (way, hopper)) in [0, 24].into_iter().flat_map(|bits| ways.map(|way| (bits, way))) {
-            let name = format!("many items, head dim {head_dim}, exit {bits}{way}");
+        let hopper = Kernels::Hopper(Choice::new(head_dim));
+        for bits in [0, 24] {
+            let name = format!("many items, head dim {head_dim}, exit {bits}");
             let _watchdog = Watchdog::new(&name, PATIENCE);
             let spec = StickBreakingSpec { early_exit_bits: bits, ..StickBreakingSpec::new(problem.layout) };
             let one = run(&table.queue, &spec, &problem, hopper);
@@ -422,7 +398,7 @@ fn b6_documents_do_not_leak() {
             let name = format!("leaks, head dim {head_dim}, exit {bits}");
             let problem = exact(&[330, 157, 290], (4, 2), head_dim, 1.0);
             let spec = StickBreakingSpec { early_exit_bits: bits, ..StickBreakingSpec::new(problem.layout) };
-            for kernels in [Kernels::Hopper(Choice::new(head_dim)), rebuilding(head_dim), single(head_dim)] {
+            for kernels in [Kernels::Hopper(Choice::new(head_dim)), rebuilding(head_dim)] {
                 let one = run(&table.queue, &spec, &problem, kernels);
                 let mut other = problem.clone();
                 for (values, heads) in [(&mut other.q, 4), (&mut other.k, 2), (&mut other.v, 2)] {
@@ -455,14 +431,12 @@ fn b7_errors_stay_flat_as_scores_grow() {
             let out = reference::forward(&spec, &problem.inputs()).unwrap();
             let gradients = reference::backward(&spec, &problem.inputs(), &problem.d_o, Some(&problem.d_rem)).unwrap();
             let expected = [out.o, gradients.dq, gradients.dk, gradients.dv];
-            for (way, kernels) in [("", Kernels::Hopper(Choice::new(head_dim))), (", single pass", single(head_dim))] {
-                let found = run(&table.queue, &spec, &problem, kernels);
-                let found =
-                    std::array::from_fn::<_, 4, _>(|i| errors(&wide(&found.tensors[i]), &expected[i], head_dim).tensor);
-                println!("{name}{way}: o, dq, dk, dv {found:?}");
-                let fine = found.iter().zip([3.2e-3, 4e-3, 4e-3, 2.8e-3]).all(|(&found, limit)| found <= limit);
-                table.expect(&name, fine, || format!("{found:?}{way}"));
-            }
+            let found = run(&table.queue, &spec, &problem, Kernels::Hopper(Choice::new(head_dim)));
+            let found =
+                std::array::from_fn::<_, 4, _>(|i| errors(&wide(&found.tensors[i]), &expected[i], head_dim).tensor);
+            println!("{name}: o, dq, dk, dv {found:?}");
+            let fine = found.iter().zip([3.2e-3, 4e-3, 4e-3, 2.8e-3]).all(|(&found, limit)| found <= limit);
+            table.expect(&name, fine, || format!("{found:?}"));
         }
     }
     table.done();
@@ -536,12 +510,10 @@ fn c1_heads_in_several_launches() {
     for early_exit_bits in [0, 24] {
         let spec = StickBreakingSpec { scale: 1.0 / 64.0, early_exit_bits, ..StickBreakingSpec::new(layout) };
         let mut found = Vec::new();
-        let two = [("sticks", 3), ("dq", 3), ("dk, dv", 3)];
+        let portable = [("sticks", 3), ("dq", 3), ("dk, dv", 3)];
         // It holds less at a time.
-        let one = [("sticks", 2), ("backward", 2), ("finish", 2)];
-        for (kernels, expected) in
-            [(Kernels::Portable, two), (Kernels::Hopper(Choice::new(head_dim)), two), (single(head_dim), one)]
-        {
+        let hopper = [("sticks", 2), ("backward", 2), ("finish", 2)];
+        for (kernels, expected) in [(Kernels::Portable, portable), (Kernels::Hopper(Choice::new(head_dim)), hopper)] {
             let _watchdog = Watchdog::new("several launches", PATIENCE);
             let queue = &table.queue;
             let plan = Plan::with_kernels(queue, &spec, &documents, DeviceType::Bf16, kernels).unwrap();
@@ -565,14 +537,12 @@ fn c1_heads_in_several_launches() {
             found.push([first, last, dk, dv]);
             table.expect("several launches", fine, || format!("{times:?}"));
         }
-        for (way, found_by) in ["two passes", "a single pass"].iter().zip(&found[1..]) {
-            for (i, what) in ["dq, first rows", "dq, last rows", "dk", "dv"].iter().enumerate() {
-                let between = errors(&found_by[i], &found[0][i], head_dim);
-                println!("exit {early_exit_bits}: {what} by {way} against portable {between:?}");
-                table.expect("several launches", between.tensor <= 3e-3 && between.row <= 3e-2, || {
-                    format!("exit {early_exit_bits}: {what} by {way} {between:?}")
-                });
-            }
+        for (i, what) in ["dq, first rows", "dq, last rows", "dk", "dv"].iter().enumerate() {
+            let between = errors(&found[1][i], &found[0][i], head_dim);
+            println!("exit {early_exit_bits}: {what} against portable {between:?}");
+            table.expect("several launches", between.tensor <= 3e-3 && between.row <= 3e-2, || {
+                format!("exit {early_exit_bits}: {what} {between:?}")
+            });
         }
     }
     table.done();

@@ -508,11 +508,9 @@ pub(super) struct Backward<'a> {
     pub(super) d_o: DeviceRef<'a>,
     pub(super) drem: Arg,
     pub(super) sticks: Arg,
-    pub(super) sums: Arg,
     pub(super) first_blocks: Arg,
-    pub(super) dq: Arg,
-    pub(super) dk: Arg,
-    pub(super) dv: Arg,
+    /// dq, dk, dv.
+    pub(super) gradients: [Arg; 3],
 }
 
 impl TensorCores {
@@ -705,7 +703,21 @@ impl TensorCores {
                 (None, Some(rebuilt)) => rebuilt.as_ref().into(),
                 (None, None) => null,
             };
-            let arguments = |tiles: &Tiles, sums: Arg, [dq, dk, dv]: [Arg; 3]| {
+            if let Some(single) = single {
+                let call = Backward {
+                    inputs: [q, k, v],
+                    d_o,
+                    drem: Arg::optional(drem),
+                    sticks,
+                    first_blocks: Arg::optional(first_blocks),
+                    gradients: [&mut dq, &mut dk, &mut dv].map(Arg::from),
+                };
+                let mut chains = single.chains(queue, layout, self.pieces, first_head..first_head + heads)?;
+                run("backward", &mut || single.run(queue, spec, state, Self::factor(spec), &mut chains, &call))?;
+                run("finish", &mut || single.finish(queue, spec, self.pieces, &chains, &call))?;
+                continue;
+            }
+            let mut arguments = |tiles: &Tiles| {
                 [
                     q.into(),
                     k.into(),
@@ -713,11 +725,11 @@ impl TensorCores {
                     d_o.into(),
                     Arg::optional(drem),
                     sticks,
-                    sums,
+                    Arg::from(&mut sums.as_mut()),
                     Arg::optional(first_blocks),
-                    dq,
-                    dk,
-                    dv,
+                    Arg::from(&mut dq),
+                    Arg::from(&mut dk),
+                    Arg::from(&mut dv),
                     tiles.list().into(),
                     a,
                     b,
@@ -733,40 +745,14 @@ impl TensorCores {
                     Arg::from(spec.scale as f32),
                 ]
             };
-            let sums = Arg::from(&mut sums.as_mut());
-            let gradients = [Arg::from(&mut dq), Arg::from(&mut dk), Arg::from(&mut dv)];
-            let call = Backward {
-                inputs: [q, k, v],
-                d_o,
-                drem: Arg::optional(drem),
-                sticks,
-                sums,
-                first_blocks: Arg::optional(first_blocks),
-                dq: gradients[0],
-                dk: gradients[1],
-                dv: gradients[2],
-            };
-            if let Some(single) = single {
-                let mut chains = single.chains(queue, layout, self.pieces, first_head..first_head + heads)?;
-                run("backward", &mut || single.run(queue, spec, state, Self::factor(spec), &mut chains, &call))?;
-                run("finish", &mut || single.finish(queue, spec, self.pieces, &chains, call.dq))?;
-                continue;
-            }
+            let [dq_arguments, dkdv_arguments] = [&self.dq_tiles, &self.key_tiles].map(&mut arguments);
             run("dq", &mut || {
-                if let Some(hopper) = self.hopper.as_ref().and_then(|hopper| hopper.dq.as_ref()) {
-                    let heads = first_head..first_head + heads;
-                    return hopper.run(queue, spec, state, Self::factor(spec), heads, &call);
-                }
                 let launch = self.dq_tiles.launch(heads, 32 * Shape::WARPS, self.shape.dq_shared());
-                queue.launch(&self.dq, launch, &arguments(&self.dq_tiles, sums, gradients))
+                queue.launch(&self.dq, launch, &dq_arguments)
             })?;
             run("dk, dv", &mut || {
-                if let Some(hopper) = self.hopper.as_ref().and_then(|hopper| hopper.dkv.as_ref()) {
-                    let kv_heads = first_group..first_group + kv_heads;
-                    return hopper.run(queue, spec, state, Self::factor(spec), kv_heads, &call);
-                }
                 let launch = self.key_tiles.launch(kv_heads, 32 * Shape::WARPS, self.shape.dkdv_shared());
-                queue.launch(&self.dkdv, launch, &arguments(&self.key_tiles, sums, gradients))
+                queue.launch(&self.dkdv, launch, &dkdv_arguments)
             })?;
         }
         Ok(())

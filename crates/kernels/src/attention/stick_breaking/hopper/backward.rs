@@ -1,5 +1,5 @@
 //! The whole backward pass in one kernel on Hopper cards (`cuda/stick_breaking_hopper_backward.cu`), and the small one behind
-//! it that rounds dq. It reads the same state as the kernels that it replaces.
+//! it that rounds dq. It reads the same state as the portable kernels.
 
 use std::ops::Range;
 
@@ -145,6 +145,7 @@ impl Single {
         let tokens = layout.tokens;
         let (width, kv_width) = (layout.query_heads * layout.head_dim, layout.kv_heads * layout.head_dim);
         let [q, k, v] = call.inputs;
+        let [_, dk, dv] = call.gradients;
         // Before tensor maps: it binds the device to this thread, which they need.
         queue.zero(&mut chains.words.as_mut())?;
         let maps = [
@@ -169,8 +170,8 @@ impl Single {
             turns,
             Arg::from(&mut chains.accumulator.as_mut()),
             call.first_blocks,
-            call.dk,
-            call.dv,
+            dk,
+            dv,
             DeviceRef::into(self.kernel.tiles.list()),
             ticket,
             int(layout.key_stride),
@@ -199,12 +200,12 @@ impl Single {
         spec: &StickBreakingSpec,
         pieces: usize,
         chains: &Chains,
-        dq: Arg,
+        call: &Backward<'_>,
     ) -> Result<()> {
         let layout = &spec.layout;
         let arguments = [
             chains.accumulator.as_ref().into(),
-            dq,
+            call.gradients[0],
             DeviceRef::into(self.finish_tiles.list()),
             Arg::from(layout.query_heads as i32),
             Arg::from(chains.heads.start as i32),

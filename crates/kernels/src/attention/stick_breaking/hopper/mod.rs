@@ -8,8 +8,6 @@ use crate::cuda::{Arg, Boxes, DeviceType, HOPPER, Kernel, Launch, Queue, Scratch
 use crate::{KernelError, Result};
 
 pub mod backward;
-pub mod dkv;
-pub mod dq;
 pub mod forward;
 pub mod probe;
 pub mod sticks;
@@ -44,11 +42,7 @@ pub struct Choice {
     pub forward: Option<forward::Tuning>,
     /// The state, where the forward pass did not keep it.
     pub sticks: Option<sticks::Tuning>,
-    /// dq, and the sums over older keys.
-    pub dq: Option<dq::Tuning>,
-    /// dk and dv.
-    pub dkv: Option<dkv::Tuning>,
-    /// The whole backward pass in one kernel, in place of `dq` and `dkv`.
+    /// dq, dk and dv.
     pub backward: Option<backward::Tuning>,
     /// Whether the state is rebuilt even where it is small enough to be kept: for tests.
     pub rebuild: bool,
@@ -56,15 +50,13 @@ pub struct Choice {
 
 impl Choice {
     /// The portable kernels for every pass.
-    pub const NONE: Self = Self { forward: None, sticks: None, dq: None, dkv: None, backward: None, rebuild: false };
+    pub const NONE: Self = Self { forward: None, sticks: None, backward: None, rebuild: false };
 
     /// All passes, each as it was fastest for the head dim.
     pub fn new(head_dim: usize) -> Self {
         Self {
             forward: Some(forward::Tuning::new(head_dim)),
             sticks: Some(sticks::Tuning::new(head_dim)),
-            dq: None,
-            dkv: None,
             backward: Some(backward::Tuning::new(head_dim)),
             rebuild: false,
         }
@@ -74,14 +66,10 @@ impl Choice {
     pub fn candidates(head_dim: usize) -> Vec<Self> {
         let forward = forward::Tuning::candidates(head_dim).into_iter();
         let sticks = sticks::Tuning::candidates(head_dim).into_iter();
-        let dq = dq::Tuning::candidates(head_dim).into_iter();
-        let dkv = dkv::Tuning::candidates(head_dim).into_iter();
         let backward = backward::Tuning::candidates(head_dim).into_iter();
         forward
             .map(|tuning| Self { forward: Some(tuning), ..Self::NONE })
             .chain(sticks.map(|tuning| Self { sticks: Some(tuning), rebuild: true, ..Self::NONE }))
-            .chain(dq.map(|tuning| Self { dq: Some(tuning), ..Self::NONE }))
-            .chain(dkv.map(|tuning| Self { dkv: Some(tuning), ..Self::NONE }))
             .chain(backward.map(|tuning| Self { backward: Some(tuning), ..Self::NONE }))
             .collect()
     }
@@ -90,20 +78,16 @@ impl Choice {
     pub(super) fn tile_sizes(&self) -> Vec<TileSize> {
         let forward = self.forward.map(|tuning| tuning.tile_size());
         let sticks = self.sticks.map(|tuning| tuning.tile_size());
-        let dq = self.dq.map(|tuning| tuning.tile_size());
-        let dkv = self.dkv.map(|_| dkv::TILE_SIZE);
         let backward = self.backward.map(|_| [backward::TILE_SIZE, backward::FINISH_SIZE]);
-        [forward, sticks, dq, dkv].into_iter().flatten().chain(backward.into_iter().flatten()).collect()
+        [forward, sticks].into_iter().flatten().chain(backward.into_iter().flatten()).collect()
     }
 
     /// The kernels for a head dim, for compiling them ahead.
     pub fn sources(&self, head_dim: usize) -> Vec<Source> {
         let forward = self.forward.map(|tuning| tuning.source(head_dim));
         let sticks = self.sticks.map(|tuning| tuning.source(head_dim));
-        let dq = self.dq.map(|tuning| tuning.source(head_dim));
-        let dkv = self.dkv.map(|tuning| tuning.source(head_dim));
         let backward = self.backward.map(|tuning| tuning.source(head_dim));
-        [forward, sticks, dq, dkv, backward].into_iter().flatten().collect()
+        [forward, sticks, backward].into_iter().flatten().collect()
     }
 }
 
@@ -214,8 +198,6 @@ fn key_boxes<const KEYS: usize>(tokens: usize, width: usize, stride: usize) -> B
 pub(super) struct Hopper {
     pub(super) forward: Option<forward::Forward>,
     pub(super) sticks: Option<sticks::Sticks>,
-    pub(super) dq: Option<dq::Dq>,
-    pub(super) dkv: Option<dkv::Dkv>,
     pub(super) backward: Option<backward::Single>,
     pub(super) rebuild: bool,
 }
@@ -231,11 +213,9 @@ impl Hopper {
         if let Some(refusal) = refusal(queue, layout) {
             return Err(refusal);
         }
-        let Choice { forward, sticks, dq, dkv, backward, rebuild } = choice;
+        let Choice { forward, sticks, backward, rebuild } = choice;
         let forward = forward.map(|of| forward::Forward::new(queue, layout, tiles(of.tile_size())?, of));
         let sticks = sticks.map(|of| sticks::Sticks::new(queue, layout, tiles(of.tile_size())?, of));
-        let dq = dq.map(|of| dq::Dq::new(queue, layout, tiles(of.tile_size())?, of));
-        let dkv = dkv.map(|of| dkv::Dkv::new(queue, layout, tiles(dkv::TILE_SIZE)?, of));
         let backward = backward.map(|of| {
             let tiles = [tiles(backward::TILE_SIZE)?, tiles(backward::FINISH_SIZE)?];
             backward::Single::new(queue, layout, tiles, of)
@@ -243,8 +223,6 @@ impl Hopper {
         Ok(Self {
             forward: forward.transpose()?,
             sticks: sticks.transpose()?,
-            dq: dq.transpose()?,
-            dkv: dkv.transpose()?,
             backward: backward.transpose()?,
             rebuild,
         })
@@ -299,11 +277,9 @@ mod tests {
             for choice in Choice::candidates(head_dim).into_iter().chain([Choice::new(head_dim)]) {
                 let forward = choice.forward.map(|tuning| tuning.shared(head_dim));
                 let sticks = choice.sticks.map(|tuning| tuning.shared(head_dim));
-                let dq = choice.dq.map(|tuning| tuning.shared(head_dim));
-                let dkv = choice.dkv.map(|tuning| tuning.shared(head_dim));
                 let backward = choice.backward.map(|tuning| tuning.shared(head_dim));
                 assert!(
-                    [forward, sticks, dq, dkv, backward].into_iter().flatten().all(|bytes| bytes <= 227 << 10),
+                    [forward, sticks, backward].into_iter().flatten().all(|bytes| bytes <= 227 << 10),
                     "{choice:?}"
                 );
             }
