@@ -12,7 +12,8 @@
 // State. Rows are cut into pieces of 64 from the start of each document, keys into blocks of KEYS. For piece m and block b
 // that some row of the piece may see, `sticks[head][entry(m, b)][64]` is what each row has left past block b (its older
 // edge), so the last one visited holds rem. With these numbers every (piece, block) pair can be rebuilt alone, in any
-// order. The backward pass runs from the oldest key up with them and writes `sums` of the same shape: for each row
+// order; they are kept in 16 bits (stick_breaking.cuh). The backward pass runs from the oldest key up with them and writes
+// `sums` of the same shape in float: for each row
 // drem rem + sum of A (do.v) over the blocks older than b. entry(m, b) = the document's first entry + m (m + 1) / 2 * 64 /
 // KEYS + b.
 //
@@ -220,7 +221,8 @@ DEVICE void break_saturated_sticks(float (&z)[row_tiles][keys / 8][4], float fac
 struct Forward {
     const bf16 *q, *k, *v;
     bf16* o;
-    float *rem, *log2_rem, *sticks;
+    float *rem, *log2_rem;
+    Stick* sticks;
     int* first_blocks;
     const int* tiles;
     int query_stride, key_stride, value_stride, output_stride;
@@ -262,7 +264,7 @@ template <bool want_values, bool want_log, int warps, int row_tiles, int keys> D
     const int piece = warp_row / PIECE;
     const int piece_blocks = visible_blocks(min((piece + 1) * PIECE, tile.length), p.own_key);
     const bool exists = warp_row < tile.length;
-    float* sticks = nullptr;
+    Stick* sticks = nullptr;
     if (p.sticks != nullptr && exists)
         sticks = p.sticks + ((i64)blockIdx.y * p.entries + first_entry(tile, piece)) * PIECE + (row & (PIECE - 1));
     float stick[row_tiles][2], log2_stick[row_tiles][2];
@@ -341,7 +343,7 @@ template <bool want_values, bool want_log, int warps, int row_tiles, int keys> D
 #pragma unroll
             for (int i = 0; i < row_tiles; i++)
 #pragma unroll
-                for (int r = 0; r < 2; r++) sticks[(i64)(b * keys / KEYS) * PIECE + 16 * i + 8 * r] = stick[i][r];
+                for (int r = 0; r < 2; r++) sticks[(i64)(b * keys / KEYS) * PIECE + 16 * i + 8 * r] = pack_stick(stick[i][r]);
         }
         if (find_exit) {
             alive = false;
@@ -457,7 +459,7 @@ DEVICE void pack_chunk(u32 (&packed)[row_tiles][4], const float (&d)[row_tiles][
 struct Backward {
     const bf16 *q, *k, *v, *d_o;
     const float* drem;
-    const float* sticks;
+    const Stick* sticks;
     float* sums;
     const int* first_blocks;
     bf16 *dq, *dk, *dv;
@@ -510,7 +512,7 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
     copies_commit();
 
     const i64 state = ((i64)blockIdx.y * p.entries + first_entry(tile, piece)) * PIECE + (row & (PIECE - 1));
-    const float* sticks = p.sticks + state;
+    const Stick* sticks = p.sticks + state;
     float* sums = p.sums + state;
     float sum[row_tiles][2];
     float dq[row_tiles][2 * DIM_STEPS][4];
@@ -521,7 +523,7 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 bool in = row + 16 * i + 8 * r < tile.length;
-                stick[i][r] = !in ? 0.0f : b + 1 >= piece_blocks ? 1.0f : sticks[(i64)(b + 1) * PIECE + 16 * i + 8 * r];
+                stick[i][r] = !in ? 0.0f : b + 1 >= piece_blocks ? 1.0f : to_float(sticks[(i64)(b + 1) * PIECE + 16 * i + 8 * r]);
             }
     };
 #pragma unroll
@@ -532,7 +534,7 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
             sum[i][r] = 0.0f;
             // The oldest entry of the state is the remainder.
             if (p.drem != nullptr && at < tile.length) {
-                float rem = piece_blocks > piece_oldest ? sticks[(i64)piece_oldest * PIECE + 16 * i + 8 * r] : 1.0f;
+                float rem = piece_blocks > piece_oldest ? to_float(sticks[(i64)piece_oldest * PIECE + 16 * i + 8 * r]) : 1.0f;
                 sum[i][r] = p.drem[(i64)(tile.start + at) * p.heads + head] * rem;
             }
         }
@@ -657,7 +659,7 @@ DEVICE void backward_dkdv(const Backward& p) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             bool in = piece_of * PIECE + row + 8 * r < tile.length;
-            stick[0][r] = !in ? 0.0f : newest ? 1.0f : p.sticks[(entry + 1) * PIECE + row + 8 * r];
+            stick[0][r] = !in ? 0.0f : newest ? 1.0f : to_float(p.sticks[(entry + 1) * PIECE + row + 8 * r]);
             sum[0][r] = in ? p.sums[entry * PIECE + row + 8 * r] : 0.0f;
         }
     };
@@ -769,14 +771,14 @@ DEVICE void backward_dkdv(const Backward& p) {
 // ------------------------------------------------------------------------------------------------ entry points
 
 #define FORWARD_PARAMETERS                                                                                              \
-    const bf16 *q, const bf16 *k, const bf16 *v, bf16 *o, float *rem, float *log2_rem, float *sticks, int *first_blocks, \
+    const bf16 *q, const bf16 *k, const bf16 *v, bf16 *o, float *rem, float *log2_rem, Stick *sticks, int *first_blocks, \
         const int *tiles, int query_stride, int key_stride, int value_stride, int output_stride, int heads, int group,   \
         int first_head, int entries, int pieces, int own_key, float factor, float threshold
 #define FORWARD_ARGUMENTS                                                                                               \
     {q, k, v, o, rem, log2_rem, sticks, first_blocks, tiles, query_stride, key_stride, value_stride, output_stride,      \
      heads, group, first_head, entries, pieces, own_key, factor, threshold}
 #define BACKWARD_PARAMETERS                                                                                             \
-    const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *d_o, const float *drem, const float *sticks, float *sums,   \
+    const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *d_o, const float *drem, const Stick *sticks, float *sums,   \
         const int *first_blocks, bf16 *dq, bf16 *dk, bf16 *dv, const int *tiles, int query_stride, int key_stride,       \
         int value_stride, int output_stride, int heads, int group, int first_head, int entries, int pieces, int own_key, \
         float factor, float scale

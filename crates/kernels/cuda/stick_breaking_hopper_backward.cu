@@ -107,7 +107,7 @@ struct Stage {
 
 struct Control {
     // For each stage and block of keys: what newer keys leave to each row of the piece, and its sum over older keys.
-    alignas(16) float sticks[STAGES][WARPGROUPS][PIECE];
+    alignas(16) Stick sticks[STAGES][WARPGROUPS][PIECE];
     alignas(16) float sums[STAGES][WARPGROUPS][PIECE];
     Stage stages[STAGES];
     // K and V; a stage, what it is (ahead of its copies), its sums over older keys.
@@ -123,11 +123,12 @@ struct Control {
 static_assert(sizeof(Control) <= STAGES * WARPGROUPS * 512 + 512, "the host reserves so much");
 
 // Where in shared memory Control's sums and stages lie: behind its sticks.
-constexpr int SUMS_AT = CONTROL_AT + STAGES * WARPGROUPS * PIECE * 4, TOLD_AT = SUMS_AT + STAGES * WARPGROUPS * PIECE * 4;
+constexpr int SUMS_AT = CONTROL_AT + STAGES * WARPGROUPS * PIECE * 2, TOLD_AT = SUMS_AT + STAGES * WARPGROUPS * PIECE * 4;
 
 struct Backward {
     const bf16 *k, *v;
-    const float *drem, *sticks;
+    const float* drem;
+    const Stick* sticks;
     // Of each query head of the launch and piece: 64 words, one number, 64 x HEAD_DIM floats in the order of `add_queries`.
     u64* sums;
     u32* turns;
@@ -165,6 +166,11 @@ DEVICE float load_float(u32 from) {
     float x;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
     return x;
+}
+DEVICE float load_stick(u32 from) {
+    u16 x;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");
+    return to_float(Stick{x});
 }
 DEVICE void store_float(u32 to, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory"); }
 DEVICE int load_int(u32 from) {
@@ -304,7 +310,7 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
                 stage.first_block = first_block;
                 barrier_arrive(shared_address(&control.told[stage_of(at)]));
                 const u32 full = shared_address(&control.full[stage_of(at)]);
-                const u32 sticks = max(min(WARPGROUPS, visible - 1), 0) * PIECE * 4;
+                const u32 sticks = max(min(WARPGROUPS, visible - 1), 0) * PIECE * 2;
                 barrier_expect(full, 2 * TILE_BYTES + sticks);
                 const u32 to = shared_address(shared) + STAGES_AT + stage_of(at) * 2 * TILE_BYTES;
                 const int column = (p.first_kv_head * p.group + head) * HEAD_DIM, row = tile.start + piece * PIECE;
@@ -365,7 +371,7 @@ DEVICE float first_sum(const Backward& p, const Control& control, const volatile
     // The oldest entry of the state is the remainder.
     const i64 entry = (i64)stage.head * p.entries + tile.entry + piece * (piece + 1) / 2 * (PIECE / KEYS) + oldest;
     const int head = p.first_kv_head * p.group + stage.head;
-    return p.drem[(i64)(tile.start + in_document) * p.heads + head] * p.sticks[entry * PIECE + row];
+    return p.drem[(i64)(tile.start + in_document) * p.heads + head] * to_float(p.sticks[entry * PIECE + row]);
 }
 
 // Brings to each stage the sums over the keys of older items, from the item before, or for the item that starts the chain from
@@ -636,9 +642,9 @@ DEVICE void consume(const Backward& p, u8* shared) {
                 for (int chunk = 0; chunk < 2 * COLUMN_CHUNKS; chunk++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) *(uint4*)(to + chunk * CHUNK_BYTES + i * 16) = make_uint4(0, 0, 0, 0);
-                control.sticks[stage_of(w)][mine(w)][in_piece] = 0.0f;
+                control.sticks[stage_of(w)][mine(w)][in_piece] = pack_stick(0.0f);
             } else if (block + 1 >= visible_blocks(piece * PIECE + min(valid, PIECE), p.own_key)) {
-                control.sticks[stage_of(w)][mine(w)][in_piece] = 1.0f;
+                control.sticks[stage_of(w)][mine(w)][in_piece] = pack_stick(1.0f);
             }
             publish_shared();
             wait_own();
@@ -739,9 +745,9 @@ DEVICE void consume(const Backward& p, u8* shared) {
             auto a_at = [&](u32 w) { return buffer_of(w) * CHUNK_BYTES; };
             auto dz_at = [&](u32 w) { return a_at(w) + 2 * CHUNK_BYTES; };
             {
-                const u32 sticks = address(state, OFFSET(sticks[stage_of(state)][mine(state)])) + row() * 4;
+                const u32 sticks = address(state, OFFSET(sticks[stage_of(state)][mine(state)])) + row() * 2;
 #pragma unroll
-                for (int r = 0; r < 2; r++) left[r] *= load_float(sticks + 32 * r);
+                for (int r = 0; r < 2; r++) left[r] *= load_stick(sticks + 16 * r);
             }
             products_wait<0>();
             pin(g);
@@ -836,7 +842,7 @@ DEVICE void consume(const Backward& p, u8* shared) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) stick_breaking_backward_hopper_bf16(
     const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap g_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap v_map, const bf16* k, const bf16* v, const float* drem, const float* sticks, u64* sums,
+    const __grid_constant__ TensorMap v_map, const bf16* k, const bf16* v, const float* drem, const Stick* sticks, u64* sums,
     u32* turns, float* accumulator, const int* first_blocks, bf16* dk, bf16* dv, const int* tiles, u32* ticket, int key_stride,
     int value_stride, int tokens, int tile_count, int heads, int group, int first_kv_head, int kv_heads, int section,
     int gradient_stride, int entries, int pieces, int own_key, float factor, float scale) {

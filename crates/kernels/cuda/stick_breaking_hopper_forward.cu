@@ -79,7 +79,8 @@ static_assert(sizeof(Control) <= 512, "the host reserves 512 bytes");
 struct Forward {
     const bf16 *k, *v;
     bf16* o;
-    float *rem, *sticks;
+    float* rem;
+    Stick* sticks;
     int* first_blocks;
     const int* tiles;
     u32* ticket;
@@ -352,7 +353,7 @@ DEVICE void consume(const Forward& p, u8* shared) {
         const int piece_end = min(first + PIECE, tile.length);
         const int piece_blocks = exists ? visible_blocks(piece_end, p.own_key) : 0;
         const int newest = exists ? visible_blocks<TILE_KEYS>(piece_end, p.own_key) - 1 : -1;
-        float* sticks = nullptr;
+        Stick* sticks = nullptr;
         if (p.sticks != nullptr && exists && c < 2)
             sticks = p.sticks + ((i64)head * p.entries + first_entry(tile, piece) + c) * PIECE + (row & (PIECE - 1));
         // Rows past the document's end have no stick, so they never keep a tile alive.
@@ -382,7 +383,7 @@ DEVICE void consume(const Forward& p, u8* shared) {
         auto finish_tile = [&](int n) {
             if (sticks != nullptr && 2 * n + c < piece_blocks) {
 #pragma unroll
-                for (int r = 0; r < 2; r++) sticks[(i64)(2 * n) * PIECE + 8 * r] = c == 0 ? stick[r] : edge[r];
+                for (int r = 0; r < 2; r++) sticks[(i64)(2 * n) * PIECE + 8 * r] = pack_stick(c == 0 ? stick[r] : edge[r]);
             }
             if (!find_exit) return true;
             bool alive = named_any(vote, 128, !(stick[0] < p.threshold) || !(stick[1] < p.threshold));
@@ -497,7 +498,7 @@ DEVICE void consume(const Forward& p, u8* shared) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) stick_breaking_forward_hopper_bf16(
     const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-    const bf16* k, const bf16* v, bf16* o, float* rem, float* sticks, int* first_blocks, const int* tiles, u32* ticket,
+    const bf16* k, const bf16* v, bf16* o, float* rem, Stick* sticks, int* first_blocks, const int* tiles, u32* ticket,
     int key_stride, int value_stride, int output_stride, int tokens, int tile_count, int heads, int group, int section,
     int entries, int pieces, int own_key, float factor, float threshold) {
     extern __shared__ __align__(1024) u8 shared[];

@@ -60,7 +60,7 @@ constexpr int RING = WARPGROUPS * PIECE_BYTES, CONTROL = RING + STAGES * TILE_BY
 
 struct Sticks {
     const bf16* k;
-    float* sticks;
+    Stick* sticks;
     const int* first_blocks;
     const int* tiles;
     u32* ticket;
@@ -221,7 +221,7 @@ DEVICE void consume(const Sticks& p, u8* shared) {
         int own_oldest = oldest;
         if (exists && p.first_blocks != nullptr)
             own_oldest = uniform(p.first_blocks[(i64)head * p.pieces + tile.piece + piece] / (TILE_KEYS / KEYS));
-        float* sticks = p.sticks + ((i64)(head - p.first_head) * p.entries + first_entry(tile, exists ? piece : 0) + c) * PIECE
+        Stick* sticks = p.sticks + ((i64)(head - p.first_head) * p.entries + first_entry(tile, exists ? piece : 0) + c) * PIECE
                         + (row & (PIECE - 1));
         float stick[2], edge[2];
 #pragma unroll
@@ -259,7 +259,7 @@ DEVICE void consume(const Sticks& p, u8* shared) {
             break_sticks(s, p.factor, stick, edge);
             if (c < 2 && 2 * n + c < piece_blocks) {
 #pragma unroll
-                for (int r = 0; r < 2; r++) sticks[(i64)(2 * n) * PIECE + 8 * r] = c == 0 ? stick[r] : edge[r];
+                for (int r = 0; r < 2; r++) sticks[(i64)(2 * n) * PIECE + 8 * r] = pack_stick(c == 0 ? stick[r] : edge[r]);
             }
         }
         // Q is read.
@@ -268,7 +268,7 @@ DEVICE void consume(const Sticks& p, u8* shared) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) stick_breaking_sticks_hopper_bf16(
-    const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const bf16* k, float* sticks,
+    const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const bf16* k, Stick* sticks,
     const int* first_blocks, const int* tiles, u32* ticket, int key_stride, int tokens, int tile_count, int group,
     int first_head, int head_count, int section, int entries, int pieces, int own_key, float factor) {
     extern __shared__ __align__(1024) u8 shared[];

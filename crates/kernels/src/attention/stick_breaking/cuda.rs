@@ -2,10 +2,10 @@
 //! `cuda/attention_f32.cu`; Hopper cards have kernels of their own for some passes (`super::hopper`).
 //!
 //! **Between the passes.** [`Saved`] holds the oldest key block that each query tile visited, if early exit is on, and, in
-//! bf16, what every row has left of the stick after each block of keys (4 bytes per row and 64 keys), as long as that, the
-//! remainder left out, is at most an eighth of q, k, v and o. Longer inputs keep nothing of the kind: the backward pass rebuilds it with one walk
-//! more. It holds it, and the sums over older keys, for as many heads at a time as [`STATE_BYTES`] allow, at least for the
-//! query heads of one key/value head.
+//! bf16, what every row has left of the stick after each block of keys (2 bytes per row and 64 keys, `Stick` in
+//! `cuda/stick_breaking.cuh`), as long as that, the remainder left out, is at most an eighth of q, k, v and o. Longer inputs
+//! keep nothing of the kind: the backward pass rebuilds it with one walk more. It holds it, and what it needs besides, for as
+//! many heads at a time as [`STATE_BYTES`] allow, at least for the query heads of one key/value head.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,6 +22,8 @@ const BACKWARD: &str = "stick-breaking attention on CUDA, backward";
 
 /// Bytes of intermediate state that a backward pass in bf16 may hold.
 pub const STATE_BYTES: usize = 1 << 30;
+/// Of one number of the state.
+const STICK_BYTES: usize = size_of::<u16>();
 
 /// Everything that calls with one spec and the same documents share: tile lists on the device and loaded kernels. Made once
 /// per batch, used by every layer. Cheap to clone.
@@ -199,7 +201,7 @@ impl Plan {
             }
             Path::TensorCores(kernels) => {
                 if save && kernels.keeps_sticks(layout) {
-                    sticks = Some(queue.scratch(DeviceType::F32, layout.query_heads * kernels.head_state())?);
+                    sticks = Some(kernels.scratch_for_sticks(queue, layout.query_heads)?);
                 }
                 let call = Forward {
                     inputs: [q, k, v],
@@ -555,9 +557,14 @@ impl TensorCores {
         })
     }
 
-    /// Floats of state of one query head.
+    /// Numbers of state of one query head.
     fn head_state(&self) -> usize {
         self.entries * PIECE
+    }
+
+    /// Two sticks a word.
+    fn scratch_for_sticks(&self, queue: &Queue, heads: usize) -> Result<Scratch> {
+        queue.scratch(DeviceType::U32, heads * self.head_state() / 2)
     }
 
     /// Whether the state is worth keeping: at most an eighth of what q, k, v and o take. One entry of each piece is the
@@ -566,7 +573,7 @@ impl TensorCores {
         if self.hopper.as_ref().is_some_and(|hopper| hopper.rebuild) {
             return false;
         }
-        let state = layout.query_heads * (self.entries - self.pieces.min(self.entries)) * PIECE * size_of::<f32>();
+        let state = layout.query_heads * (self.entries - self.pieces.min(self.entries)) * PIECE * STICK_BYTES;
         let heads = 2 * (layout.query_heads + layout.kv_heads);
         8 * state <= layout.tokens * heads * layout.head_dim * DeviceType::Bf16.size()
     }
@@ -650,14 +657,14 @@ impl TensorCores {
         let group = layout.group();
         let single = self.hopper.as_ref().and_then(|hopper| hopper.backward.as_ref());
         // What a head needs: the sums, or the chains of the single pass, and the state where it is rebuilt.
-        let state_bytes = self.head_state() * size_of::<f32>();
+        let (sums_bytes, sticks_bytes) = (self.head_state() * size_of::<f32>(), self.head_state() * STICK_BYTES);
         let chain_bytes = single.map(|_| hopper::backward::Chains::head_bytes(layout.head_dim, self.pieces));
-        let rebuilt_bytes = if saved.is_some() { 0 } else { state_bytes };
-        let group_bytes = group * (rebuilt_bytes + chain_bytes.unwrap_or(state_bytes));
+        let rebuilt_bytes = if saved.is_some() { 0 } else { sticks_bytes };
+        let group_bytes = group * (rebuilt_bytes + chain_bytes.unwrap_or(sums_bytes));
         let groups = (STATE_BYTES / group_bytes.max(1)).clamp(1, layout.kv_heads);
-        let floats = groups * group * self.head_state();
-        let mut sums = queue.scratch(DeviceType::F32, if single.is_some() { 0 } else { floats })?;
-        let mut rebuilt = if saved.is_some() { None } else { Some(queue.scratch(DeviceType::F32, floats)?) };
+        let sums_len = if single.is_some() { 0 } else { groups * group * self.head_state() };
+        let mut sums = queue.scratch(DeviceType::F32, sums_len)?;
+        let mut rebuilt = if saved.is_some() { None } else { Some(self.scratch_for_sticks(queue, groups * group)?) };
         let null = Arg::optional(None);
         for first_group in (0..layout.kv_heads).step_by(groups) {
             let kv_heads = groups.min(layout.kv_heads - first_group);
@@ -699,7 +706,7 @@ impl TensorCores {
                 run("sticks", &mut || queue.launch(&self.sticks, launch, &arguments))?;
             }
             let sticks = match (saved, &rebuilt) {
-                (Some(saved), _) => saved.slice(first_head * self.head_state()..saved.len()).into(),
+                (Some(saved), _) => saved.slice(first_head * self.head_state() / 2..saved.len()).into(),
                 (None, Some(rebuilt)) => rebuilt.as_ref().into(),
                 (None, None) => null,
             };

@@ -64,7 +64,7 @@ impl Tuning {
     pub(super) fn shared(&self, head_dim: usize) -> usize {
         let tile = KEYS * head_dim * DeviceType::Bf16.size();
         let scores = KEYS * PIECE * DeviceType::Bf16.size();
-        let state = 2 * PIECE * size_of::<f32>();
+        let state = PIECE * (size_of::<u16>() + size_of::<f32>());
         WARPGROUPS * (2 * tile + 4 * scores) + self.stages * (2 * tile + WARPGROUPS * state) + CONTROL_BYTES
     }
 }
