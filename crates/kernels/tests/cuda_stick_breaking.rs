@@ -161,13 +161,14 @@ fn packed_documents_and_groups() {
 fn kept_and_rebuilt_state() {
     let queue = queue();
     for (head_dim, kept) in [(16, false), (256, true)] {
-        let problem = exact(&[700, 20], (2, 1), head_dim, 0.5);
+        let problem = exact(&[1400, 20], (2, 1), head_dim, 0.5);
         let spec = StickBreakingSpec::new(problem.layout);
         check::<bf16>(&queue, &spec, &problem);
         let saved = run::<bf16>(&queue, &spec, &problem, true).saved;
         assert_eq!(saved.bytes() > 0, kept, "head dim {head_dim}: {} bytes", saved.bytes());
-        let inputs = 2 * 2 * (2 + 1) * 720 * head_dim;
-        assert!(saved.bytes() * 8 <= inputs + 8 * 4 * 2 * 768);
+        let inputs = 2 * 2 * (2 + 1) * 1420 * head_dim;
+        // The remainder of 23 pieces of 64 rows, 2 bytes each, for 2 heads, does not count; nor do the oldest blocks.
+        assert!(saved.bytes() * 8 <= inputs + 8 * 2 * 23 * (64 * 2 + 4));
     }
 }
 
