@@ -186,7 +186,7 @@ fn an_arena_for_ranks_is_padded_with_zeros_and_lends_the_masters_place() {
     let build = |keeps_master, length_multiple| {
         let mut builder = ArenaBuilder::default();
         let id = builder.add("table", [5, 4]);
-        let layout = ArenaLayout { length_multiple, keeps_master };
+        let layout = ArenaLayout { length_multiple, keeps_master, ..ArenaLayout::default() };
         (id, builder.build_with(DType::BF16, Device::Cpu, layout).unwrap())
     };
     let (id, lent) = build(false, 3 * ALIGNMENT);

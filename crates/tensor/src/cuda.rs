@@ -56,11 +56,14 @@ pub(crate) fn device_type(op: &'static str, dtype: DType) -> Result<DeviceType> 
 }
 
 impl CudaStorage {
-    pub(crate) fn new(ordinal: usize, elements: usize, dtype: DType) -> Result<Self> {
+    /// Uninitialised. `shareable`: of the kind that other processes can be given to map, where there is such memory.
+    pub(crate) fn new(ordinal: usize, elements: usize, dtype: DType, shareable: bool) -> Result<Self> {
         let bytes = elements.checked_mul(device_type("empty", dtype)?.size()).ok_or_else(|| {
             KernelError::size("empty", "bytes of a tensor", "below 2^64", format!("{elements} elements of {dtype}"))
         })?;
-        Ok(Self { memory: queue(ordinal)?.memory(bytes)?, ordinal })
+        let queue = queue(ordinal)?;
+        let memory = if shareable { queue.shareable_memory(bytes)? } else { queue.memory(bytes)? };
+        Ok(Self { memory, ordinal })
     }
 
     pub(crate) fn ordinal(&self) -> usize {
@@ -103,6 +106,11 @@ impl Tensor {
     /// work with [`Queue::mark`] and [`Queue::wait_for`], and keeps the tensor until it is done.
     pub fn device_address(&self) -> Option<u64> {
         self.cuda_storage().map(|_| self.device_memory().0)
+    }
+
+    /// Whether other processes can be given the tensor's device memory to map: [`Tensor::zeros_shareable_on`].
+    pub fn is_shareable(&self) -> bool {
+        self.cuda_storage().is_some_and(|storage| storage.memory.is_shareable())
     }
 
     fn device_memory(&self) -> (u64, usize, DeviceType) {

@@ -225,11 +225,14 @@ impl Tensor {
     /// # Errors
     /// If the device cannot be used, has not the memory, or does not compute in `dtype`.
     pub fn empty_on(shape: impl Into<Shape>, dtype: DType, device: Device) -> Result<Self> {
-        let shape = shape.into();
+        Self::empty_of_kind(shape.into(), dtype, device, false)
+    }
+
+    fn empty_of_kind(shape: Shape, dtype: DType, device: Device, shareable: bool) -> Result<Self> {
         match device {
             Device::Cpu => Ok(Self::empty(shape, dtype)),
             Device::Cuda(ordinal) => {
-                let storage = Arc::new(Storage::Cuda(CudaStorage::new(ordinal, shape.elements(), dtype)?));
+                let storage = Arc::new(Storage::Cuda(CudaStorage::new(ordinal, shape.elements(), dtype, shareable)?));
                 let strides = shape.contiguous_strides();
                 Ok(Self { storage, dtype, shape, strides, offset: 0 })
             }
@@ -242,6 +245,17 @@ impl Tensor {
     /// As [`empty_on`](Self::empty_on).
     pub fn zeros_on(shape: impl Into<Shape>, dtype: DType, device: Device) -> Result<Self> {
         let tensor = Self::empty_on(shape, dtype, device)?;
+        tensor.zero_assign()?;
+        Ok(tensor)
+    }
+
+    /// Zeros in memory of a device that other processes can be given to map, for GPUs that reach each other's; as
+    /// [`zeros_on`](Self::zeros_on) where there is none of that kind. For what stays: giving it back waits for the device.
+    ///
+    /// # Errors
+    /// As [`empty_on`](Self::empty_on).
+    pub fn zeros_shareable_on(shape: impl Into<Shape>, dtype: DType, device: Device) -> Result<Self> {
+        let tensor = Self::empty_of_kind(shape.into(), dtype, device, true)?;
         tensor.zero_assign()?;
         Ok(tensor)
     }

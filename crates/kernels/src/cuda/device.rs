@@ -12,7 +12,7 @@ use cudarc::nvrtc::Ptx;
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A device with its loaded kernels. Shared by all queues on it.
@@ -23,6 +23,8 @@ pub struct Gpu {
     compute_capability: (u32, u32),
     multiprocessors: u32,
     shared_memory_per_block: usize,
+    /// Bytes outside the pool.
+    mapped: AtomicI64,
     modules: Mutex<HashMap<Source, Arc<CudaModule>>>,
     /// By a hash of source and entry, so that a look-up builds no string; the list settles collisions.
     kernels: Mutex<HashMap<u64, Vec<LoadedKernel>>>,
@@ -38,11 +40,11 @@ pub struct MemoryInfo {
     pub free: u64,
     /// All of the device.
     pub total: u64,
-    /// In use by this process' pool now.
+    /// In use by this process now: in its pool, and mapped outside it.
     pub pool_used: u64,
-    /// The most the pool had in use since the start or [`Gpu::reset_peak_memory`].
+    /// The most of the pool in use since the start or [`Gpu::reset_peak_memory`], and what is mapped now.
     pub pool_peak: u64,
-    /// Held by the pool, in use or not.
+    /// Held by the pool, in use or not, and what is mapped outside it.
     pub pool_reserved: u64,
 }
 
@@ -112,6 +114,7 @@ impl Gpu {
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
             shared_memory_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
                 as usize,
+            mapped: AtomicI64::new(0),
             modules: Mutex::default(),
             kernels: Mutex::default(),
             context,
@@ -238,11 +241,12 @@ impl Gpu {
         self.bind()?;
         let (free, total) = self.context.mem_get_info().map_err(driver("asking for free memory"))?;
         let pool = self.pool()?;
+        let mapped = self.mapped.load(Ordering::Relaxed).max(0) as u64;
         let read = |attribute| {
             let mut value = 0u64;
             // SAFETY: the attributes asked for below are u64.
             unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut value).cast()) }
-                .map(|()| value)
+                .map(|()| value + mapped)
                 .map_err(driver("asking for the pool's memory"))
         };
         Ok(MemoryInfo {
@@ -252,6 +256,11 @@ impl Gpu {
             pool_peak: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
             pool_reserved: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
         })
+    }
+
+    /// Takes note of memory that is mapped outside the pool, or (below zero) given back.
+    pub(super) fn count_mapped(&self, bytes: i64) {
+        self.mapped.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Starts a new measurement of the peak at what is in use now.

@@ -17,6 +17,7 @@ mod device;
 mod event;
 mod launch;
 pub mod library;
+mod mapping;
 mod queue;
 mod tensor_map;
 pub(crate) mod units;

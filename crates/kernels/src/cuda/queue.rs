@@ -3,10 +3,11 @@
 #![allow(unsafe_code)]
 
 use super::device::{Gpu, driver};
+use super::mapping::Mapping;
 use super::view::{DeviceElement, DeviceMut, DeviceRef, DeviceType};
 use crate::matmul::cuda::Blas;
 use crate::{KernelError, Result};
-use cudarc::driver::{CudaEvent, CudaStream, PinnedHostSlice, result, sys};
+use cudarc::driver::{CudaEvent, CudaStream, DriverError, PinnedHostSlice, result, sys};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -85,15 +86,33 @@ impl Queue {
         self.gpu().bind()?;
         // The driver refuses an allocation of nothing.
         // SAFETY: the stream is alive; Memory frees what is allocated once, on the same stream.
-        let pointer = unsafe { result::malloc_async(self.stream().cu_stream(), bytes.max(1)) }.map_err(|e| {
-            let state = self.gpu().memory().map_or(String::new(), |m| {
-                let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-                let (used, free, total) = (gib(m.pool_used), gib(m.free), gib(m.total));
-                format!("; {used:.2} GiB are in use here, {free:.2} of {total:.2} GiB are free on the device")
-            });
-            KernelError::cuda(format!("allocating {bytes} bytes of device memory"), format!("{}{state}", driver("")(e)))
-        })?;
-        Ok(Memory { queue: self.clone(), pointer, bytes })
+        let pointer = unsafe { result::malloc_async(self.stream().cu_stream(), bytes.max(1)) }
+            .map_err(|error| self.no_memory(bytes, error))?;
+        Ok(Memory { queue: self.clone(), pointer, bytes, mapping: None })
+    }
+
+    /// Uninitialised memory that other processes can be given to map; where there is none of that kind, as
+    /// [`memory`](Self::memory) ([`Memory::is_shareable`] tells). For what stays: giving it back waits for the queue.
+    ///
+    /// # Errors
+    /// As [`memory`](Self::memory).
+    pub fn shareable_memory(&self, bytes: usize) -> Result<Memory> {
+        self.gpu().bind()?;
+        match Mapping::new(self.gpu(), bytes).map_err(|error| self.no_memory(bytes, error))? {
+            Some(mapping) => {
+                Ok(Memory { queue: self.clone(), pointer: mapping.address(), bytes, mapping: Some(mapping) })
+            }
+            None => self.memory(bytes),
+        }
+    }
+
+    fn no_memory(&self, bytes: usize, error: DriverError) -> KernelError {
+        let state = self.gpu().memory().map_or(String::new(), |m| {
+            let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+            let (used, free, total) = (gib(m.pool_used), gib(m.free), gib(m.total));
+            format!("; {used:.2} GiB are in use here, {free:.2} of {total:.2} GiB are free on the device")
+        });
+        KernelError::cuda(format!("allocating {bytes} bytes of device memory"), format!("{}{state}", driver("")(error)))
     }
 
     /// Uninitialised typed memory for an op's intermediate results.
@@ -272,6 +291,8 @@ pub struct Memory {
     queue: Queue,
     pointer: u64,
     bytes: usize,
+    /// Where it is not the pool's.
+    mapping: Option<Mapping>,
 }
 
 impl Memory {
@@ -289,13 +310,23 @@ impl Memory {
     pub fn queue(&self) -> &Queue {
         &self.queue
     }
+
+    /// Whether other processes can be given this memory to map.
+    pub fn is_shareable(&self) -> bool {
+        self.mapping.is_some()
+    }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        if self.mapping.is_some() {
+            // It is unmapped at once, in no stream's order.
+            let _ = self.queue.synchronize();
+            return;
+        }
         // At the end of the process the driver may be gone before a static is dropped; the memory is gone with it.
         let _ = self.queue.gpu().bind();
-        // SAFETY: allocated by `Queue::memory` on this stream, freed once, here, behind all work that uses it.
+        // SAFETY: not mapped, so allocated by `Queue::memory` on this stream, freed once, here, behind all work that uses it.
         let _ = unsafe { result::free_async(self.pointer, self.queue.stream().cu_stream()) };
     }
 }
