@@ -29,6 +29,27 @@ fn there_and_back_is_the_same_for_every_type_and_view() {
 
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
+fn memory_that_processes_share_is_used_like_any_other_and_given_back() {
+    let gpu = std::sync::Arc::clone(stickbreak_tensor::cuda::queue(0).unwrap().gpu());
+    let before = gpu.memory().unwrap();
+    let host = Tensor::randn(0.0, 1.0, [5_000_003], DType::F32, 4).unwrap();
+    let shared = Tensor::zeros_shareable_on([5_000_003], DType::F32, CUDA).unwrap();
+    assert!(shared.is_shareable() && !host.to_device(CUDA).unwrap().is_shareable());
+    assert!(gpu.memory().unwrap().pool_reserved >= before.pool_reserved + 4 * 5_000_003);
+    shared.copy_assign(&host.to_device(CUDA).unwrap()).unwrap();
+    assert_eq!(shared.to_vec::<f32>().unwrap(), host.to_vec::<f32>().unwrap());
+    // Used by work that is still to come when the last reference goes.
+    let sum = shared.narrow(0, 1, 5_000_002).unwrap().sum_all().unwrap();
+    let held = gpu.memory().unwrap();
+    drop(shared);
+    assert!(sum.to_scalar().unwrap().is_finite());
+    assert!(gpu.memory().unwrap().pool_used + 4 * 5_000_003 <= held.pool_used);
+    let message = Tensor::zeros_shareable_on([1 << 40], DType::F32, CUDA).unwrap_err().to_string();
+    assert!(message.contains("GiB are free"), "{message}");
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
 fn conversions_round_as_on_the_cpu() {
     let host = Tensor::randn(0.0, 1e3, [10_001], DType::F32, 3).unwrap();
     let device = host.to_device(CUDA).unwrap();

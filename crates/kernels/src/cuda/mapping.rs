@@ -5,8 +5,8 @@
 #![allow(unsafe_code)]
 
 use super::device::Gpu;
-use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUmemAllocationHandleType as Handles};
 use cudarc::driver::DriverError;
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUmemAllocationHandleType as Handles};
 use std::sync::Arc;
 
 /// Pages of a device at an address of their own, in no queue's order. Given back when dropped, which has to be after all
