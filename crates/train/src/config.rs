@@ -311,13 +311,15 @@ pub struct DistributedConfig {
     pub bucket_bytes: Option<usize>,
     /// Type that gradients are sent in.
     pub gradient_dtype: GradientType,
+    /// Arenas that GPUs of one host reach in each other's memory, where NCCL can do that.
+    pub windows: Windows,
     /// A collective that takes longer has hung: all ranks end, and name those that did not come.
     pub timeout_seconds: u64,
 }
 
 impl Default for DistributedConfig {
     fn default() -> Self {
-        Self { bucket_bytes: None, gradient_dtype: GradientType::F32, timeout_seconds: 600 }
+        Self { bucket_bytes: None, gradient_dtype: GradientType::F32, windows: Windows::Weights, timeout_seconds: 600 }
     }
 }
 
@@ -356,6 +358,20 @@ impl GradientType {
             Self::Bf16 => Some(DType::BF16),
         }
     }
+}
+
+/// What GPUs of one host reach in each other's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Windows {
+    /// Nothing: kernels of NCCL pass all on.
+    None,
+    /// Weights, which copy engines gather then: no multiprocessor is taken from the products beside it.
+    #[default]
+    Weights,
+    /// Gradients, too, which NCCL sums by kernels of fewer blocks then. With more than two ranks their sums are taken in
+    /// another order.
+    All,
 }
 
 mod defaults {
@@ -620,6 +636,19 @@ mod tests {
         let config = RunConfig::parse(SMALL, &["distributed.bucket_bytes=8192".into()]).unwrap();
         assert_eq!(config.distributed.bucket_bytes(1 << 30), 8192);
         assert_eq!(RunConfig::parse(&config.to_toml(), &[]).unwrap(), config);
+    }
+
+    #[test]
+    fn windows_are_chosen_by_name() {
+        let windows = |name: &str| RunConfig::parse(SMALL, &[format!("distributed.windows={name}")]);
+        for (name, expected) in [("none", Windows::None), ("weights", Windows::Weights), ("all", Windows::All)] {
+            let config = windows(name).unwrap();
+            assert_eq!(config.distributed.windows, expected);
+            assert_eq!(RunConfig::parse(&config.to_toml(), &[]).unwrap(), config);
+        }
+        assert_eq!(RunConfig::parse(SMALL, &[]).unwrap().distributed.windows, Windows::Weights);
+        let message = format!("{:#}", windows("some").unwrap_err());
+        assert!(message.contains("some") && message.contains("weights"), "{message}");
     }
 
     #[test]

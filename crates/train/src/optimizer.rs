@@ -4,7 +4,7 @@
 //! every bucket, and the parts are gathered again ([`crate::distributed`]). Master values and moments exist for the shard
 //! alone.
 
-use crate::config::{DistributedConfig, OptimizerConfig};
+use crate::config::{DistributedConfig, OptimizerConfig, Windows};
 use crate::distributed::gradients::GradientReducer;
 use crate::distributed::shards::{ShardLayout, intersection};
 use crate::distributed::single::Single;
@@ -62,7 +62,7 @@ impl Optimizer {
     /// A fresh state of this rank's shard. The model's arena was made as [`ShardLayout::arena`] says.
     ///
     /// # Errors
-    /// If the device has not the memory.
+    /// If the device has not the memory, or another rank is lost.
     pub fn with_ranks(
         config: OptimizerConfig,
         distributed: &DistributedConfig,
@@ -73,6 +73,12 @@ impl Optimizer {
         let (rank, ranks) = (communicator.rank(), communicator.ranks());
         let length = arena.values().elements();
         let layout = ShardLayout::new(length, rank, ranks, distributed.bucket_bytes(length));
+        if distributed.windows != Windows::None {
+            communicator.share("weights", arena.values())?;
+        }
+        if distributed.windows == Windows::All {
+            communicator.share("gradients", arena.gradients())?;
+        }
         let treated = treated_alike(model);
         let segments = (0..layout.buckets()).map(|bucket| segments(&layout, bucket, &treated)).collect();
         let zeros = || Tensor::zeros_on([layout.shard_length()], arena.master().dtype(), model.device());

@@ -62,11 +62,9 @@ fn act(manner: &str) -> anyhow::Result<()> {
         "order" => order(&*group, device),
         "bits" => bits(&*group, device),
         "speed" => speed(&*group, device),
-        "killed" if culprit => {
-            let command = format!("kill -KILL {}", std::process::id());
-            Command::new("sh").args(["-c", &command]).status()?;
-            Ok(())
-        }
+        "shared" => shared(&*group, device),
+        "killed-sharing" => shared_step(&*group, device, culprit),
+        "killed" if culprit => kill_self(),
         "hangs" if culprit => {
             thread::sleep(Duration::from_secs(60));
             Ok(())
@@ -81,6 +79,12 @@ fn act(manner: &str) -> anyhow::Result<()> {
         }
         _ => step(group, device),
     }
+}
+
+fn kill_self() -> anyhow::Result<()> {
+    let command = format!("kill -KILL {}", std::process::id());
+    Command::new("sh").args(["-c", &command]).status()?;
+    Ok(())
 }
 
 /// A collective, and the host waits for it: without rank 1 that is for ever.
@@ -139,6 +143,71 @@ fn results(group: &dyn Communicator, device: Device) -> anyhow::Result<()> {
     anyhow::ensure!(group.gather_values("values", &[rank as f64])? == [[0.0], [1.0]]);
     println!("results are right on rank {rank}");
     Ok(())
+}
+
+/// Zeros that all ranks reach in each other's memory.
+fn shared_arena(group: &dyn Communicator, n: usize, dtype: DType, device: Device) -> anyhow::Result<Tensor> {
+    anyhow::ensure!(group.shares_memory(), "NCCL is older than 2.28");
+    let arena = Tensor::zeros_shareable_on([n], dtype, device)?;
+    anyhow::ensure!(arena.is_shareable(), "no memory that other processes can map");
+    group.share("arena", &arena)?;
+    Ok(arena)
+}
+
+/// Buckets of arenas that ranks share, in place: gathers and sums, behind and before work of the device.
+fn shared(group: &dyn Communicator, device: Device) -> anyhow::Result<()> {
+    const BUCKETS: usize = 4;
+    let (rank, ranks, n) = (group.rank(), group.ranks(), (1 << 20) + 64);
+    let whole = BUCKETS * ranks * n;
+    let weights = shared_arena(group, whole, DType::BF16, device)?;
+    let sums = shared_arena(group, whole, DType::F32, device)?;
+    let heavy = Tensor::full_on(1e-3, [4096, 4096], DType::BF16, device)?;
+    // Whole numbers below 256, exact in bfloat16.
+    let value = |round: usize, bucket: usize, rank: usize| ((round * 29 + bucket * 7 + rank * 3) % 199) as f64;
+    for round in 0..12 {
+        // The device is busy here, so a rank that does not wait for the other's readiness is overwritten.
+        (0..rank * 4).try_for_each(|_| heavy.matmul(&heavy).map(drop))?;
+        let mut tickets = Vec::new();
+        for bucket in 0..BUCKETS {
+            let of = |arena: &Tensor| arena.narrow(0, bucket * ranks * n, ranks * n);
+            let own = |bucket: &Tensor| bucket.narrow(0, rank * n, n);
+            let (gathered, summed) = (of(&weights)?, of(&sums)?);
+            own(&gathered)?.fill_assign(value(round, bucket, rank))?;
+            summed.fill_assign(value(round, bucket, rank))?;
+            tickets.push(group.reduce_scatter("gradients", &summed, &own(&summed)?)?);
+            tickets.push(group.all_gather("weights", &own(&gathered)?, &gathered)?);
+        }
+        tickets.into_iter().try_for_each(|ticket| ticket.join())?;
+        let (gathered, summed) = (weights.to_f64_vec()?, sums.to_f64_vec()?);
+        for (i, piece) in gathered.chunks(n).enumerate() {
+            let expected = value(round, i / ranks, i % ranks);
+            anyhow::ensure!(piece.iter().all(|&x| x == expected), "round {round}: piece {i} is not {expected}");
+        }
+        for bucket in 0..BUCKETS {
+            let expected: f64 = (0..ranks).map(|rank| value(round, bucket, rank)).sum();
+            let own = &summed[(bucket * ranks + rank) * n..][..n];
+            anyhow::ensure!(own.iter().all(|&x| x == expected), "round {round}: a sum of bucket {bucket} is wrong");
+        }
+    }
+    println!("shared arenas are right on rank {rank}");
+    Ok(())
+}
+
+/// A gather of a shared arena, and one more without rank 1, for which the host waits.
+fn shared_step(group: &dyn Communicator, device: Device, culprit: bool) -> anyhow::Result<()> {
+    let n = 1 << 20;
+    let arena = shared_arena(group, group.ranks() * n, DType::BF16, device)?;
+    let own = arena.narrow(0, group.rank() * n, n)?;
+    group.all_gather("weights of bucket 2", &own, &arena)?.join()?;
+    device.synchronize()?;
+    group.barrier("both have it")?;
+    if culprit {
+        return kill_self();
+    }
+    group.all_gather("weights of bucket 3", &own, &arena)?.join()?;
+    device.synchronize()?;
+    group.all_gather("weights of bucket 4", &own, &arena)?.join()?;
+    anyhow::bail!("the collective ended without rank 1")
 }
 
 /// Work before, beside and behind collectives, with the host far ahead of the device.
@@ -289,6 +358,19 @@ fn a_killed_rank_ends_the_other_which_names_it_and_the_collective() {
     let words = ["rank 0: all_reduce \"bucket 3\": rank 1 died", "rank 1 failed (signal: 9 (SIGKILL))"];
     // Connecting is in the time.
     ends_rank_0("killed", &words, Duration::from_secs(10));
+}
+
+#[test]
+#[ignore = "needs two NVIDIA GPUs"]
+fn shared_arenas_are_gathered_and_summed_in_place() {
+    succeeds("shared", "shared arenas are right");
+}
+
+#[test]
+#[ignore = "needs two NVIDIA GPUs"]
+fn a_rank_killed_while_memory_is_shared_ends_the_other() {
+    let words = ["rank 0: all_gather \"weights of bucket 3\": rank 1 died", "rank 1 failed (signal: 9 (SIGKILL))"];
+    ends_rank_0("killed-sharing", &words, Duration::from_secs(20));
 }
 
 #[test]

@@ -91,6 +91,22 @@ pub trait Communicator: Send + Sync + fmt::Debug {
     /// As [`all_reduce`](Self::all_reduce), or if there is no such rank.
     fn broadcast(&self, what: &str, tensor: &Tensor, root: usize) -> Result<Ticket>;
 
+    /// Whether [`share`](Self::share) may be of use: then the memory that it is given should be
+    /// [shareable](Tensor::zeros_shareable_on). The same on all ranks.
+    fn shares_memory(&self) -> bool {
+        false
+    }
+
+    /// Lets all ranks reach a tensor of each other's directly as long as the communicator lasts, if they can: collectives
+    /// inside it then have the same results and take less of the device from what is computed beside them. All ranks call it
+    /// with the same size. The host waits.
+    ///
+    /// # Errors
+    /// If the tensor is not contiguous, or another rank is lost.
+    fn share(&self, _what: &str, _tensor: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
     /// Small host values of every rank, by rank: for agreeing on signals, errors, counts. The host waits. Ranks may give
     /// different numbers of values.
     ///

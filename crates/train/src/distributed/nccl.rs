@@ -41,6 +41,10 @@ pub struct NcclCommunicator {
     /// The device's one queue, on which all tensors are used.
     computing: Queue,
     communicating: Queue,
+    /// Whether all ranks are on one host.
+    one_host: bool,
+    /// What all ranks reach in each other's memory; kept until NCCL has let go of it.
+    shared: Mutex<Vec<Tensor>>,
     /// Collectives are started one at a time, in one order for device, list and numbers.
     starting: Mutex<()>,
 }
@@ -85,9 +89,10 @@ impl NcclCommunicator {
             met.control.fail(Failure::Lost { culprit: launch.rank, reason: format!("could not connect: {why}") });
             error.unwrap_or_else(|| refuse(why))
         })?;
+        let mut hosts = met.hosts.clone();
+        hosts.dedup();
+        let one_host = hosts.len() == 1;
         if launch.rank == 0 {
-            let mut hosts = met.hosts.clone();
-            hosts.dedup();
             tracing::info!(
                 "{} ranks on {} are connected by NCCL {} ({})",
                 launch.ranks,
@@ -98,8 +103,8 @@ impl NcclCommunicator {
         }
         let watched = Arc::new(Watched::new(met.control, raw, computing.clone(), timeouts.collective));
         let watching = watchdog::start(&watched).map_err(|error| refuse(error.to_string()))?;
-        let starting = Mutex::default();
-        Ok(Self { watched, watching, ordinal, computing, communicating, starting })
+        let (shared, starting) = (Mutex::default(), Mutex::default());
+        Ok(Self { watched, watching, ordinal, computing, communicating, one_host, shared, starting })
     }
 
     fn call<'a>(&self, collective: &'static str, what: &'a str) -> Call<'a> {
@@ -165,6 +170,30 @@ impl NcclCommunicator {
             }
         }
     }
+
+    /// Lets NCCL reach a tensor from all ranks, which call this together. Returns false if it has no use for it.
+    ///
+    /// # Safety
+    /// The tensor is contiguous from this address on, in memory that other processes can be given to map, and is in `shared`.
+    unsafe fn register(&self, call: Call<'_>, address: u64, tensor: &Tensor) -> Result<bool> {
+        let refuse = |why: String| CommunicatorError::Gpu {
+            rank: call.rank,
+            collective: call.name(),
+            why: format!("{why}; distributed.windows = \"none\" does without"),
+        };
+        let Watched { control, raw, timeout, .. } = &*self.watched;
+        let _one_at_a_time = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
+        control.check(&call.name())?;
+        bind(&self.computing);
+        let bytes = tensor.elements() * tensor.dtype().size();
+        // SAFETY: the caller's promise; what is in `shared` is never freed if NCCL still holds it in the end.
+        let registration = unsafe { raw.register(address, bytes) }.map_err(refuse)?;
+        if let Err(why) = wait_until_begun(raw, control, 2 * *timeout) {
+            control.check(&call.name())?;
+            return Err(refuse(why));
+        }
+        raw.registered(registration).map_err(refuse)
+    }
 }
 
 /// Connects the device whose queue was used last on this thread.
@@ -201,17 +230,21 @@ fn bind(queue: &Queue) {
     let _ = queue.stream().context().bind_to_thread();
 }
 
-/// Waits for threads, but not for ever.
-fn wait_for(threads: impl IntoIterator<Item = JoinHandle<()>>, limit: Duration) {
+/// Waits for threads, but not for ever. Returns whether all have ended.
+fn wait_for(threads: impl IntoIterator<Item = JoinHandle<()>>, limit: Duration) -> bool {
     let end = Instant::now() + limit;
+    let mut all = true;
     for thread in threads {
         while !thread.is_finished() && Instant::now() < end {
             thread::sleep(Duration::from_millis(1));
         }
         if thread.is_finished() {
             let _ = thread.join();
+        } else {
+            all = false;
         }
     }
+    all
 }
 
 /// Waits until NCCL has begun what it was asked for, while the group holds.
@@ -286,6 +319,42 @@ impl Communicator for NcclCommunicator {
         unsafe { self.start(call, work, [tensor, tensor]) }
     }
 
+    fn shares_memory(&self) -> bool {
+        self.one_host && self.watched.raw.nccl().has_windows()
+    }
+
+    fn share(&self, what: &str, tensor: &Tensor) -> Result<()> {
+        let call = self.call("share", what);
+        call.tensor("tensor", tensor)?;
+        let [address] = self.addresses(call, [tensor])?;
+        let nccl = self.watched.raw.nccl();
+        let registered = if !self.one_host {
+            Err("the ranks are on several hosts".to_owned())
+        } else if !nccl.has_windows() {
+            Err(format!("NCCL {} is older than 2.28", nccl.version()))
+        } else {
+            // All or none: the registration itself is a collective.
+            self.shared.lock().unwrap_or_else(PoisonError::into_inner).push(tensor.clone());
+            let kinds = self.gather_values(what, &[f64::from(u8::from(tensor.is_shareable()))])?;
+            match kinds.iter().position(|kind| *kind != [1.0]) {
+                Some(rank) => Err(format!("rank {rank} has no memory that other processes can map")),
+                // SAFETY: the address is the tensor's, which is contiguous, of the right kind, and in `shared`.
+                None if unsafe { self.register(call, address, tensor) }? => Ok(()),
+                None => Err("NCCL takes no memory of the ranks'".to_owned()),
+            }
+        };
+        if call.rank == 0 {
+            match registered {
+                Ok(()) => tracing::info!(
+                    "the arena of {what} is a window of NCCL's: where the GPUs reach each other it is gathered by copy \
+                     engines and summed by kernels of fewer blocks"
+                ),
+                Err(why) => tracing::info!("the arena of {what} is passed on by NCCL's kernels: {why}"),
+            }
+        }
+        Ok(())
+    }
+
     fn gather_values(&self, what: &str, values: &[f64]) -> Result<Vec<Vec<f64>>> {
         host::gather_values(&self.watched.control, self.call("gather_values", what), values)
     }
@@ -316,7 +385,15 @@ impl Drop for NcclCommunicator {
             false => (|raw| raw.close(PARTING), 2 * PARTING),
             true => (Raw::abort, PARTING),
         };
-        wait_for(on_its_own(&watched.raw, &self.computing, act), limit);
+        let over = wait_for(on_its_own(&watched.raw, &self.computing, act), limit);
+        let shared = std::mem::take(self.shared.get_mut().unwrap_or_else(PoisonError::into_inner));
+        if !over || broken() || watched.raw.holds_memory() {
+            // Other ranks may still write there, and giving it back would wait for a device that waits for them.
+            std::mem::forget(shared);
+        }
+        if !over && broken() {
+            watched.end_late();
+        }
     }
 }
 

@@ -13,7 +13,7 @@ mod snapshot;
 mod text;
 
 use crate::checkpoint::{CheckpointStore, Disk, RealDisk};
-use crate::config::{ComputeType, NonFinite, RunConfig};
+use crate::config::{ComputeType, NonFinite, RunConfig, Windows};
 use crate::console::Console;
 use crate::data::{Batch, Cursor, Prefetch, Share};
 use crate::device;
@@ -38,6 +38,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use stickbreak_autograd::ArenaLayout;
 use stickbreak_model::{Sampling, Transformer, count};
 use stickbreak_tensor::{DType, Device};
 
@@ -166,7 +167,9 @@ impl Trainer {
             // Before the metrics are cut back to the checkpoint's step: a mistaken command must lose nothing.
             snapshot::check_identity(checkpoint, &config, &text.fingerprint)?;
         }
-        let model = Transformer::new_with(config.model.clone(), dtype, device, ShardLayout::arena(ranks))?;
+        let shareable = config.distributed.windows != Windows::None && communicator.shares_memory();
+        let layout = ArenaLayout { shareable, ..ShardLayout::arena(ranks) };
+        let model = Transformer::new_with(config.model.clone(), dtype, device, layout)?;
         let optimizer =
             Optimizer::with_ranks(config.optimizer.clone(), &config.distributed, &model, Arc::clone(&communicator))?;
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step());

@@ -23,7 +23,10 @@ pub(super) struct UniqueId([u8; UNIQUE_ID_BYTES]);
 
 const UNIQUE_ID_BYTES: usize = 128;
 
-/// NCCL's `ncclConfig_t` up to version 2.26; a library takes as much of it as `size` says, and its defaults for the rest.
+/// Oldest version whose communicators gather registered memory by copy engines, with the configuration that asks for it.
+const WITH_WINDOWS: i32 = 22800;
+
+/// NCCL's `ncclConfig_t` of version 2.28. A library takes as much of it as `size` says, and its defaults for the rest.
 #[repr(C)]
 struct Config {
     size: usize,
@@ -36,15 +39,30 @@ struct Config {
     net_name: *const c_char,
     split_share: c_int,
     traffic_class: c_int,
+    // Up to here of versions before `WITH_WINDOWS`.
+    comm_name: *const c_char,
+    collnet_enable: c_int,
+    cta_policy: c_int,
+    shrink_share: c_int,
+    nvls_ctas: c_int,
+    channels_per_net_peer: c_int,
+    nvlink_centric_scheduling: c_int,
 }
 
 impl Config {
-    fn non_blocking() -> Self {
+    /// For a library of this version.
+    fn non_blocking(version: i32) -> Self {
         const DEFAULT: c_int = c_int::MIN;
+        /// `NCCL_CTA_POLICY_ZERO`: no multiprocessors where copy engines can do it. Changes nothing without windows.
+        const NO_MULTIPROCESSORS: c_int = 2;
+        let (size, version) = match version >= WITH_WINDOWS {
+            true => (size_of::<Self>(), WITH_WINDOWS as c_uint),
+            false => (std::mem::offset_of!(Self, comm_name), 21701),
+        };
         Self {
-            size: size_of::<Self>(),
+            size,
             magic: 0xcafe_beef,
-            version: 21701,
+            version,
             blocking: 0,
             cga_cluster_size: DEFAULT,
             min_ctas: DEFAULT,
@@ -52,6 +70,13 @@ impl Config {
             net_name: std::ptr::null(),
             split_share: DEFAULT,
             traffic_class: DEFAULT,
+            comm_name: std::ptr::null(),
+            collnet_enable: DEFAULT,
+            cta_policy: NO_MULTIPROCESSORS,
+            shrink_share: DEFAULT,
+            nvls_ctas: DEFAULT,
+            channels_per_net_peer: DEFAULT,
+            nvlink_centric_scheduling: DEFAULT,
         }
     }
 }
@@ -78,14 +103,18 @@ const IN_PROGRESS: c_int = 7;
 
 type Communicator = *mut c_void;
 type Stream = *mut c_void;
+type Window = *mut c_void;
+
+/// `NCCL_WIN_COLL_SYMMETRIC`: every rank uses the same places of it in each collective.
+const SYMMETRIC: c_int = 1;
 
 macro_rules! functions {
-    ($($name:ident: $symbol:literal, fn($($argument:ty),*) -> $result:ty;)*) => {
-        struct Functions {
+    ($table:ident: $($name:ident: $symbol:literal, fn($($argument:ty),*) -> $result:ty;)*) => {
+        struct $table {
             $($name: unsafe extern "C" fn($($argument),*) -> $result,)*
         }
 
-        impl Functions {
+        impl $table {
             fn load(library: &Library) -> Result<Self, String> {
                 // SAFETY: the signatures are those of nccl.h.
                 Ok(Self { $($name: unsafe {
@@ -97,6 +126,7 @@ macro_rules! functions {
 }
 
 functions! {
+    Functions:
     version: "ncclGetVersion", fn(*mut c_int) -> c_int;
     unique_id: "ncclGetUniqueId", fn(*mut UniqueId) -> c_int;
     init: "ncclCommInitRankConfig", fn(*mut Communicator, c_int, UniqueId, c_int, *mut Config) -> c_int;
@@ -112,9 +142,17 @@ functions! {
     broadcast: "ncclBroadcast", fn(*const c_void, *mut c_void, usize, c_int, c_int, Communicator, Stream) -> c_int;
 }
 
+functions! {
+    WindowFunctions:
+    register: "ncclCommWindowRegister", fn(Communicator, *mut c_void, usize, *mut Window, c_int) -> c_int;
+    deregister: "ncclCommWindowDeregister", fn(Communicator, Window) -> c_int;
+}
+
 /// The loaded library.
 pub(super) struct Nccl {
     functions: Functions,
+    /// Of versions from `WITH_WINDOWS` on.
+    windows: Option<WindowFunctions>,
     /// 10000 major + 100 minor + patch.
     version: i32,
     place: String,
@@ -136,8 +174,6 @@ fn load() -> Result<Nccl, String> {
     // SAFETY: `require` has loaded it; this finds the loaded one by its name.
     let library = unsafe { Library::new(Name::Nccl.file()) }.map_err(|error| broken(error.to_string()))?;
     let functions = Functions::load(&library).map_err(broken)?;
-    // Never closed, so the functions stay good.
-    std::mem::forget(library);
     let mut version = 0;
     // SAFETY: writes one integer.
     let result = unsafe { (functions.version)(&raw mut version) };
@@ -148,7 +184,10 @@ fn load() -> Result<Nccl, String> {
         let (found, least) = (Version(version), Version(OLDEST));
         return Err(broken(format!("its version is {found}, and {least} or newer is needed")));
     }
-    Ok(Nccl { functions, version, place })
+    let windows = (version >= WITH_WINDOWS).then(|| WindowFunctions::load(&library)).transpose().map_err(broken)?;
+    // Never closed, so the functions stay good.
+    std::mem::forget(library);
+    Ok(Nccl { functions, windows, version, place })
 }
 
 /// A version in NCCL's form, to be written out.
@@ -163,6 +202,11 @@ impl fmt::Display for Version {
 impl Nccl {
     pub(super) fn version(&self) -> Version {
         Version(self.version)
+    }
+
+    /// Whether memory can be registered for collectives by copy engines.
+    pub(super) fn has_windows(&self) -> bool {
+        self.windows.is_some()
     }
 
     /// Where it was found.
@@ -252,7 +296,15 @@ pub(super) struct Raw {
     communicator: Mutex<Handle>,
 }
 
-struct Handle(Communicator);
+struct Handle {
+    communicator: Communicator,
+    /// Memory that it uses in its own ways until they are deregistered.
+    windows: Vec<Window>,
+}
+
+/// A window that is being registered: where NCCL writes it to.
+#[must_use = "until it is taken the window cannot be deregistered"]
+pub(super) struct Registration(*mut Window);
 
 // SAFETY: NCCL's communicators may be used from any thread, one at a time; the lock sees to that.
 unsafe impl Send for Handle {}
@@ -269,17 +321,17 @@ impl Raw {
         let bytes = id.try_into().map_err(|_| format!("an id of {} bytes, not {UNIQUE_ID_BYTES}", id.len()))?;
         let (rank, ranks) = (rank as c_int, ranks as c_int);
         let mut communicator = std::ptr::null_mut();
-        let mut config = Config::non_blocking();
+        let mut config = Config::non_blocking(nccl.version);
         // SAFETY: both pointers are to live values of the types that nccl.h names; the configuration is copied.
         let result =
             unsafe { (nccl.functions.init)(&raw mut communicator, ranks, UniqueId(bytes), rank, &raw mut config) };
         nccl.check(result, communicator)?;
-        Ok(Self { nccl, communicator: Mutex::new(Handle(communicator)) })
+        Ok(Self { nccl, communicator: Mutex::new(Handle { communicator, windows: Vec::new() }) })
     }
 
     fn lock(&self) -> Result<MutexGuard<'_, Handle>, String> {
         let handle = self.communicator.lock().unwrap_or_else(PoisonError::into_inner);
-        if handle.0.is_null() { Err("NCCL: the communicator was aborted".to_owned()) } else { Ok(handle) }
+        if handle.communicator.is_null() { Err("NCCL: the communicator was aborted".to_owned()) } else { Ok(handle) }
     }
 
     /// Whether what was asked for last has been begun; an asynchronous error, also of other ranks, if there is one.
@@ -287,9 +339,9 @@ impl Raw {
         let handle = self.lock()?;
         let mut state = SUCCESS;
         // SAFETY: the communicator is not freed (its lock is held), and one integer is written.
-        let result = unsafe { (self.nccl.functions.async_error)(handle.0, &raw mut state) };
-        self.nccl.check(result, handle.0)?;
-        self.nccl.check(state, handle.0)?;
+        let result = unsafe { (self.nccl.functions.async_error)(handle.communicator, &raw mut state) };
+        self.nccl.check(result, handle.communicator)?;
+        self.nccl.check(state, handle.communicator)?;
         Ok(state == SUCCESS)
     }
 
@@ -302,7 +354,7 @@ impl Raw {
     pub(super) unsafe fn start(&self, work: Work, dtype: DType, stream: *mut c_void) -> Result<(), String> {
         let kind = data_type(dtype).ok_or_else(|| format!("NCCL does not know elements of {dtype}"))?;
         let handle = self.lock()?;
-        let (f, comm) = (&self.nccl.functions, handle.0);
+        let (f, comm) = (&self.nccl.functions, handle.communicator);
         let (constant, mutable) = (|address: u64| address as *const c_void, |address: u64| address as *mut c_void);
         // SAFETY: the caller's promise; the communicator is not freed, its lock is held.
         let result = unsafe {
@@ -324,10 +376,51 @@ impl Raw {
         self.nccl.check(result, comm)
     }
 
+    /// The library.
+    pub(super) fn nccl(&self) -> &'static Nccl {
+        self.nccl
+    }
+
+    /// Begins to let all ranks reach memory of each other's; [`status`](Self::status) says when that is done, and
+    /// [`registered`](Self::registered) takes the result then. All ranks call it.
+    ///
+    /// # Safety
+    /// The memory, of so many bytes, is on the communicator's device and of the kind that other processes can be given to
+    /// map. It stays until [`holds_memory`](Self::holds_memory) says that it is deregistered.
+    pub(super) unsafe fn register(&self, address: u64, bytes: usize) -> Result<Registration, String> {
+        let Some(functions) = &self.nccl.windows else {
+            return Err(format!("NCCL {} has no windows", self.nccl.version()));
+        };
+        let handle = self.lock()?;
+        // On the heap, and left there if it fails: a thread of NCCL writes it, at any time.
+        let window = Box::into_raw(Box::new(std::ptr::null_mut()));
+        // SAFETY: the caller's promise; the communicator is not freed, its lock is held; `window` stays.
+        let result =
+            unsafe { (functions.register)(handle.communicator, address as *mut c_void, bytes, window, SYMMETRIC) };
+        self.nccl.check(result, handle.communicator)?;
+        Ok(Registration(window))
+    }
+
+    /// Takes a window once its registration is done. Returns false if NCCL has no use for it.
+    pub(super) fn registered(&self, registration: Registration) -> Result<bool, String> {
+        let mut handle = self.lock()?;
+        // SAFETY: made by `register` from a box, and taken once; NCCL has written it before it said that it is done.
+        let window = *unsafe { Box::from_raw(registration.0) };
+        if !window.is_null() {
+            handle.windows.push(window);
+        }
+        Ok(!window.is_null())
+    }
+
+    /// Whether NCCL may still use registered memory: also after an abort, or while another thread is at that.
+    pub(super) fn holds_memory(&self) -> bool {
+        self.communicator.try_lock().map_or(true, |handle| !handle.windows.is_empty())
+    }
+
     /// Ends everything that is under way and frees the communicator; does nothing the second time.
     pub(super) fn abort(&self) {
         let mut handle = self.communicator.lock().unwrap_or_else(PoisonError::into_inner);
-        let communicator = std::mem::replace(&mut handle.0, std::ptr::null_mut());
+        let communicator = std::mem::replace(&mut handle.communicator, std::ptr::null_mut());
         if !communicator.is_null() {
             // SAFETY: it was not freed, and will not be used again.
             let _ = unsafe { (self.nccl.functions.abort)(communicator) };
@@ -337,10 +430,17 @@ impl Raw {
     /// Frees a communicator whose work is done, together with the other ranks; aborts it if that takes too long.
     pub(super) fn close(&self, patience: Duration) {
         let end = Instant::now() + patience;
-        let finalized = self.lock().and_then(|handle| {
+        let finalized = self.lock().and_then(|mut handle| {
+            let communicator = handle.communicator;
+            while let (Some(&window), Some(functions)) = (handle.windows.last(), &self.nccl.windows) {
+                // SAFETY: the communicator is not freed, its lock is held; the window is its own, deregistered once.
+                let result = unsafe { (functions.deregister)(communicator, window) };
+                self.nccl.check(result, communicator)?;
+                handle.windows.pop();
+            }
             // SAFETY: the communicator is not freed, its lock is held.
-            let result = unsafe { (self.nccl.functions.finalize)(handle.0) };
-            self.nccl.check(result, handle.0)
+            let result = unsafe { (self.nccl.functions.finalize)(communicator) };
+            self.nccl.check(result, communicator)
         });
         if finalized.is_err() {
             return self.abort();
@@ -353,7 +453,7 @@ impl Raw {
             }
         }
         let mut handle = self.communicator.lock().unwrap_or_else(PoisonError::into_inner);
-        let communicator = std::mem::replace(&mut handle.0, std::ptr::null_mut());
+        let communicator = std::mem::replace(&mut handle.communicator, std::ptr::null_mut());
         if !communicator.is_null() {
             // SAFETY: it is finalized, was not freed, and will not be used again.
             let _ = unsafe { (self.nccl.functions.destroy)(communicator) };
@@ -368,7 +468,10 @@ mod tests {
     #[test]
     fn the_configuration_has_the_layout_of_nccl_h() {
         use std::mem::offset_of;
-        assert_eq!(size_of::<Config>(), 48);
+        let (old, new) = (Config::non_blocking(OLDEST), Config::non_blocking(23007));
+        assert_eq!([(old.size, old.version), (new.size, new.version)], [(48, 21701), (80, 22800)]);
+        assert_eq!((offset_of!(Config, comm_name), offset_of!(Config, cta_policy)), (48, 60));
+        assert_eq!(offset_of!(Config, nvlink_centric_scheduling), 76);
         assert_eq!((offset_of!(Config, magic), offset_of!(Config, blocking)), (8, 16));
         assert_eq!((offset_of!(Config, net_name), offset_of!(Config, traffic_class)), (32, 44));
         assert_eq!(size_of::<UniqueId>(), 128);

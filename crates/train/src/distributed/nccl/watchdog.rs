@@ -227,14 +227,18 @@ impl Watched {
         self.say(failure);
         let code = code(failure, self.control.rank());
         // The abort may hang in turn, also after `closing` is set, with which the guard ends.
-        let last_acts = move || {
-            thread::sleep(LAST_ACTS);
-            signal_hook::low_level::exit(code);
-        };
-        let _ = thread::Builder::new().name("last acts".into()).spawn(last_acts);
+        end_after(LAST_ACTS, code);
         self.raw.abort();
         // Without the handlers of CUDA and NCCL: the main thread may be in the driver.
         signal_hook::low_level::exit(code);
+    }
+
+    /// Ends this process after a moment, in case its orderly end waits for the driver, as an abort before it does: no abort
+    /// ends a stream that waits for a lost rank to write to this one's memory.
+    pub(super) fn end_late(&self) {
+        if let Some(failure) = self.control.failure() {
+            end_after(LAST_ACTS, code(&failure, self.control.rank()));
+        }
     }
 
     /// Prints the error, once.
@@ -262,6 +266,15 @@ impl Watched {
             }
         }
     }
+}
+
+/// Ends this process after a while, whatever its other threads wait for.
+fn end_after(pause: Duration, code: i32) {
+    let last_acts = move || {
+        thread::sleep(pause);
+        signal_hook::low_level::exit(code);
+    };
+    let _ = thread::Builder::new().name("last acts".into()).spawn(last_acts);
 }
 
 /// Time for a rank's main thread to end by itself.
