@@ -55,13 +55,15 @@ pub struct ArenaLayout {
     /// Whether float32 master values are kept beside bfloat16 ones. Without, their place is lent by the gradients: what
     /// is written there as master counts until gradients are summed, and is to be taken out before by who keeps a part.
     pub keeps_master: bool,
-    /// Whether values and gradients lie in memory of which GPUs reach each other's, where there is such.
-    pub shareable: bool,
+    /// Whether values lie in memory of which GPUs reach each other's, where there is such.
+    pub shares_values: bool,
+    /// The same of gradients.
+    pub shares_gradients: bool,
 }
 
 impl Default for ArenaLayout {
     fn default() -> Self {
-        Self { length_multiple: 1, keeps_master: true, shareable: false }
+        Self { length_multiple: 1, keeps_master: true, shares_values: false, shares_gradients: false }
     }
 }
 
@@ -106,11 +108,11 @@ impl ArenaBuilder {
     pub fn build_with(self, dtype: DType, device: Device, layout: ArenaLayout) -> Result<ParameterArena> {
         let sums = if dtype == DType::BF16 { DType::F32 } else { dtype };
         let length = self.length.next_multiple_of(layout.length_multiple.max(1));
-        let zeros = |dtype| match layout.shareable {
+        let zeros = |dtype, shareable| match shareable {
             true => Tensor::zeros_shareable_on([length], dtype, device),
             false => Tensor::zeros_on([length], dtype, device),
         };
-        let (values, gradients) = (zeros(dtype)?, zeros(sums)?);
+        let (values, gradients) = (zeros(dtype, layout.shares_values)?, zeros(sums, layout.shares_gradients)?);
         let master = match (sums == dtype, layout.keeps_master) {
             (true, _) => values.clone(),
             (false, true) => Tensor::zeros_on([length], sums, device)?,

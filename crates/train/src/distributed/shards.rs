@@ -39,7 +39,7 @@ fn unit(ranks: usize) -> usize {
 impl ShardLayout {
     /// What the arena has to be like to be cut for so many ranks. One rank keeps the master whole, more keep a shard each.
     pub fn arena(ranks: usize) -> ArenaLayout {
-        ArenaLayout { length_multiple: unit(ranks), keeps_master: ranks == 1, shareable: false }
+        ArenaLayout { length_multiple: unit(ranks), keeps_master: ranks == 1, ..ArenaLayout::default() }
     }
 
     /// Cuts an arena of `length` elements, a multiple of what [`arena`](Self::arena) says, into buckets of at most

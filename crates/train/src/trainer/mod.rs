@@ -38,7 +38,6 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use stickbreak_autograd::ArenaLayout;
 use stickbreak_model::{Sampling, Transformer, count};
 use stickbreak_tensor::{DType, Device};
 
@@ -167,8 +166,9 @@ impl Trainer {
             // Before the metrics are cut back to the checkpoint's step: a mistaken command must lose nothing.
             snapshot::check_identity(checkpoint, &config, &text.fingerprint)?;
         }
-        let shareable = config.distributed.windows != Windows::None && communicator.shares_memory();
-        let layout = ArenaLayout { shareable, ..ShardLayout::arena(ranks) };
+        let mut layout = ShardLayout::arena(ranks);
+        layout.shares_values = config.distributed.windows != Windows::None && communicator.shares_memory();
+        layout.shares_gradients = config.distributed.windows == Windows::All && communicator.shares_memory();
         let model = Transformer::new_with(config.model.clone(), dtype, device, layout)?;
         let optimizer =
             Optimizer::with_ranks(config.optimizer.clone(), &config.distributed, &model, Arc::clone(&communicator))?;
