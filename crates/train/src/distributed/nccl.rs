@@ -346,8 +346,8 @@ impl Communicator for NcclCommunicator {
         if call.rank == 0 {
             match registered {
                 Ok(()) => tracing::info!(
-                    "the arena of {what} is a window of NCCL's: where the GPUs reach each other it is gathered by copy \
-                     engines and summed by kernels of fewer blocks"
+                    "the arena of {what} is a window of NCCL's: where the GPUs reach each other, gathers in it are by copy \
+                     engines, sums by kernels of fewer blocks"
                 ),
                 Err(why) => tracing::info!("the arena of {what} is passed on by NCCL's kernels: {why}"),
             }
@@ -391,7 +391,7 @@ impl Drop for NcclCommunicator {
             // Other ranks may still write there, and giving it back would wait for a device that waits for them.
             std::mem::forget(shared);
         }
-        if !over && broken() {
+        if broken() && (!over || watched.raw.holds_memory()) {
             watched.end_late();
         }
     }

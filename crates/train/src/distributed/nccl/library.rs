@@ -403,8 +403,11 @@ impl Raw {
 
     /// Takes a window once its registration is done. Returns false if NCCL has no use for it.
     pub(super) fn registered(&self, registration: Registration) -> Result<bool, String> {
+        if !self.status()? {
+            return Err("NCCL has not registered the window yet".to_owned());
+        }
         let mut handle = self.lock()?;
-        // SAFETY: made by `register` from a box, and taken once; NCCL has written it before it said that it is done.
+        // SAFETY: made by `register` from a box, and taken once; NCCL is done with it, as was asked above.
         let window = *unsafe { Box::from_raw(registration.0) };
         if !window.is_null() {
             handle.windows.push(window);

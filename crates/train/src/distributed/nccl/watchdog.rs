@@ -233,8 +233,8 @@ impl Watched {
         signal_hook::low_level::exit(code);
     }
 
-    /// Ends this process after a moment, in case its orderly end waits for the driver, as an abort before it does: no abort
-    /// ends a stream that waits for a lost rank to write to this one's memory.
+    /// Ends this process after a moment, in case its orderly end waits for the driver: no abort ends a stream that waits for
+    /// a lost rank to write to this one's memory, whether the abort itself waits or not.
     pub(super) fn end_late(&self) {
         if let Some(failure) = self.control.failure() {
             end_after(LAST_ACTS, code(&failure, self.control.rank()));
