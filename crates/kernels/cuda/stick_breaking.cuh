@@ -8,18 +8,22 @@
 // Rows of a piece of the state.
 constexpr int PIECE = 64;
 
-// What a row has left of its stick, as the state keeps it: 6 bits of exponent and 10 of mantissa, so 2^-63 to 1 to within 2^-11
-// (the rounding of the weights to bf16 is eight times as coarse), and 0 below.
+// What a row has left of its stick, as the state keeps it: 6 bits of exponent and 10 of mantissa, so above 2^-63 up to 1 to within
+// 2^-11 (the rounding of the weights to bf16 is eight times as coarse), 0 below, and not a number where a score is not.
 struct Stick {
     u16 bits;
 };
 constexpr u32 STICK_ZERO = 64u << 23;
+constexpr u16 NO_STICK = 0xffff;
 DEVICE Stick pack_stick(float x) {
-    // To nearest. All of 0 to 1 fits, and so that nothing else overflows there is a maximum.
-    const int bits = (int)(__float_as_uint(x) + 0x1000) - (int)STICK_ZERO;
-    return {(u16)min(max(bits, 0) >> 13, 0xffff)};
+    // To nearest. 1 is 0xfc00.
+    const int bits = (int)(__float_as_uint(x) - STICK_ZERO + 0x1000);
+    return {x <= 1.0f ? (u16)(max(bits, 0) >> 13) : NO_STICK};
 }
-DEVICE float to_float(Stick x) { return x.bits == 0 ? 0.0f : __uint_as_float(((u32)x.bits << 13) + STICK_ZERO); }
+DEVICE float to_float(Stick x) {
+    const u32 bits = x.bits == NO_STICK ? 0x7fffffff : ((u32)x.bits << 13) + STICK_ZERO;
+    return x.bits == 0 ? 0.0f : __uint_as_float(bits);
+}
 
 // The backward pass, and the forward pass on saturated scores, clamp 2^z here, only against infinity: 1 - beta below 2^-60
 // is nothing to any row that has more than one key.

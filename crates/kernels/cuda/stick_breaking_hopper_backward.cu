@@ -4,7 +4,7 @@
 //
 // A persistent block takes items (two blocks of 64 keys of one key/value head) by an atomic ticket, those that most queries
 // see first. Each of its two consumer warpgroups has one block of keys: K and V stay in shared memory, dK and dV in registers,
-// over all pieces of 64 queries that see the item, newest first, and all query heads of the group. Of a fourth warpgroup three
+// over all pieces of 64 queries that see the item, newest first, and all query heads of the group. Of the first warpgroup three
 // warps work:
 //     the producer      brings Q, dO and the state of a piece through a ring of stages
 //     the sum keeper    brings to each stage the piece's sums over older keys, from the item before
@@ -29,7 +29,8 @@
 // items of a head start with the same piece, the newest, so that an item follows the one before it by less than a piece.
 //
 // Both warpgroups take every stage, so that nothing diverges: where the piece does not visit a block, all of its keys are
-// hidden. That is one block in a piece's newest item, at most, and one in its oldest.
+// hidden. That is one block in a piece's newest item, at most, and one in its oldest (both, if the piece is a row that does not
+// see its own key and begins the item).
 //
 // Shared memory, KiB at head dim 64 / 128: K and V 32 / 64, stages of Q and dO 16 / 32 each, A and dz twice each 64. 160 with
 // four stages, 192 with two, and the state. Registers at 128: dK and dV 128, S (later e) 32, dP (later A g) 32, keep (before
@@ -120,7 +121,7 @@ struct Control {
     // The producer's next item, and the pieces of the one that it is at, as in Stage::use.
     int next, before;
 };
-static_assert(sizeof(Control) <= STAGES * WARPGROUPS * 512 + 512, "the host reserves so much");
+static_assert(sizeof(Control) <= STAGES * WARPGROUPS * PIECE * 6 + 512, "the host reserves so much");
 
 // Where in shared memory Control's sums and stages lie: behind its sticks.
 constexpr int SUMS_AT = CONTROL_AT + STAGES * WARPGROUPS * PIECE * 2, TOLD_AT = SUMS_AT + STAGES * WARPGROUPS * PIECE * 4;
@@ -203,7 +204,8 @@ DEVICE void add_floats(float* to, float a, float b, float c, float d) {
 // The same in all lanes, in a way that ptxas sees: what is made of it is kept in uniform registers, descriptors among them.
 DEVICE u32 same(u32 x) {
     u32 y;
-    asm("redux.sync.or.b32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
+    // All lanes have to come to it: it must not move into a branch.
+    asm volatile("redux.sync.or.b32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
     return y;
 }
 
@@ -335,8 +337,8 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
             const int head = (item.kv_head - p.first_kv_head) * p.group + member;
             // 32 pieces at a time, newest first.
             for (int some = last_start(); some >= tile.first / PIECE; some -= 32) {
-                // Those that visit one of the blocks. A piece that sees no key (one row that does not see its own) counts as a
-                // visitor of the block before it: each piece has a chain.
+                // Those that visit one of the blocks. A document of one token that does not see itself counts as a visitor of its
+                // only block: each piece has a chain.
                 int oldest = 0;
                 bool wanted = (some + lane) * PIECE < tile.length;
                 if (p.first_blocks != nullptr && wanted) {
@@ -659,7 +661,9 @@ DEVICE void consume(const Backward& p, u8* shared) {
             const int first_row = piece * PIECE + row();
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const int visible = min(first_row + 8 * r + p.own_key, length) - first_key;
+                // A row past the end sees nothing: it would see a key that no row does.
+                const int row = first_row + 8 * r;
+                const int visible = row < item.tile.length ? min(row + p.own_key, length) - first_key : 0;
 #pragma unroll
                 for (int x = 0; x < OWN; x++)
                     if (x >= visible) s[score_at(r, x)] = p.factor < 0.0f ? INFINITY_F : -INFINITY_F;
@@ -805,7 +809,7 @@ DEVICE void consume(const Backward& p, u8* shared) {
                 products_wait<1>();
                 pin(s);
             } else {
-                there = look(state);
+                there = look(same(state));
             }
         }
         products_wait<0>();
@@ -820,7 +824,9 @@ DEVICE void consume(const Backward& p, u8* shared) {
             pin(dq);
             add_queries(end, place(end) - of);
         }
-        // The last stage has no piece: its barriers, in the order of those of a piece.
+        // The last stage has no piece: its barriers, in the order of those of a piece. The sum keeper's, too, or the producer could
+        // be two rounds ahead of it.
+        if (mine(end) == 0) barrier_wait(address(end, OFFSET(summed[stage_of(end)])), parity_of(place(end)));
         arrive(end, OFFSET(empty[stage_of(end)]));
         if (mine(end) == 0) arrive(end, OFFSET(passed[end & 3]));
         barrier_wait(address(end, OFFSET(dz_empty[buffer_of(end)])), turn_of(end) ^ 1);
@@ -862,7 +868,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stick_breaking_backward
         barrier_init(shared_address(&control.keys_full), 1);
         barrier_init(shared_address(&control.keys_empty), CONSUMER_WARPS);
         for (int stage = 0; stage < STAGES; stage++) {
-            // All who read it, the turn keeper among them.
+            // The consumers and the turn keeper; the sum keeper they have waited for.
             barrier_init(shared_address(&control.full[stage]), 1);
             barrier_init(shared_address(&control.empty[stage]), CONSUMER_WARPS + 1);
             barrier_init(shared_address(&control.told[stage]), 1);

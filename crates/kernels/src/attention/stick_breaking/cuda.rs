@@ -67,7 +67,7 @@ pub struct Saved {
     plan: Plan,
     /// u32 `[query_heads, pieces of 64 rows]` in bf16, else `[query_heads, query tiles]`; if early exit is on.
     first_tiles: Option<Scratch>,
-    /// f32, see `cuda/stick_breaking.cu`; None if the backward pass rebuilds it.
+    /// 16 bits each, see `cuda/stick_breaking.cu`; None if the backward pass rebuilds it.
     sticks: Option<Scratch>,
 }
 

@@ -144,7 +144,7 @@ impl Persistent {
         Ok(Self { kernel, tiles, warpgroups, shared })
     }
 
-    /// Where the blocks of a launch take their items; each starts with the one of its own number. Comes before tensor maps,
+    /// Where the blocks of a launch take their items, each starting with the one of its own number. Comes before tensor maps,
     /// because it binds the device to this thread, which they need.
     fn ticket(queue: &Queue) -> Result<Scratch> {
         let mut ticket = queue.scratch(DeviceType::U32, 1)?;
