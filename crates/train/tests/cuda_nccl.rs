@@ -369,7 +369,8 @@ fn shared_arenas_are_gathered_and_summed_in_place() {
 #[test]
 #[ignore = "needs two NVIDIA GPUs"]
 fn a_rank_killed_while_memory_is_shared_ends_the_other() {
-    let words = ["rank 0: all_gather \"weights of bucket 3\": rank 1 died", "rank 1 failed (signal: 9 (SIGKILL))"];
+    // Of which bucket is a matter of time: gathers by copy engines may be ahead of what was seen to end.
+    let words = ["rank 0: all_gather \"weights of bucket ", ": rank 1 died", "rank 1 failed (signal: 9 (SIGKILL))"];
     ends_rank_0("killed-sharing", &words, Duration::from_secs(20));
 }
 

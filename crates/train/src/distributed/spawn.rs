@@ -208,7 +208,8 @@ struct Rank {
     child: Child,
     status: Option<ExitStatus>,
     readers: Vec<JoinHandle<()>>,
-    last_line: Arc<Mutex<Option<String>>>,
+    /// Of standard error and of standard output: which of two lines came last is not known across them.
+    last_lines: [Arc<Mutex<Option<String>>>; 2],
 }
 
 impl Rank {
@@ -233,15 +234,15 @@ impl Rank {
             .stderr(output())
             .process_group(0)
             .spawn()?;
-        let last_line = Arc::default();
+        let last_lines: [Arc<_>; 2] = Default::default();
         let mut readers = Vec::new();
-        if let Some(pipe) = child.stdout.take() {
-            readers.push(pass_on(number, pipe, io::stdout(), &last_line));
-        }
         if let Some(pipe) = child.stderr.take() {
-            readers.push(pass_on(number, pipe, io::stderr(), &last_line));
+            readers.push(pass_on(number, pipe, io::stderr(), &last_lines[0]));
         }
-        Ok(Self { number, child, status: None, readers, last_line })
+        if let Some(pipe) = child.stdout.take() {
+            readers.push(pass_on(number, pipe, io::stdout(), &last_lines[1]));
+        }
+        Ok(Self { number, child, status: None, readers, last_lines })
     }
 
     /// How it ended, if that was not known before.
@@ -270,14 +271,14 @@ impl Rank {
         self.status = self.child.wait().ok();
     }
 
-    /// Waits for the rest of its output; its last line.
+    /// Waits for the rest of its output; its last line, of standard error if there is any: that is where an error is.
     fn drain(&self) -> Option<String> {
         let end = Instant::now() + Duration::from_secs(1);
         // A process that the rank has started may hold the pipe open.
         while !self.readers.iter().all(JoinHandle::is_finished) && Instant::now() < end {
             thread::sleep(LOOK);
         }
-        self.last_line.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.last_lines.iter().find_map(|line| line.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 }
 
