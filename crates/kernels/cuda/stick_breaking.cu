@@ -512,8 +512,8 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
     copies_commit();
 
     const i64 state = ((i64)blockIdx.y * p.entries + first_entry(tile, piece)) * PIECE + (row & (PIECE - 1));
-    const Stick* sticks = p.sticks + state;
     float* sums = p.sums + state;
+    const Stick* sticks = p.sticks + state;
     float sum[row_tiles][2];
     float dq[row_tiles][2 * DIM_STEPS][4];
     // What newer keys leave to block b.
@@ -583,10 +583,9 @@ template <int warps, int row_tiles> DEVICE void backward_dq(const Backward& p) {
             }
         }
     }
-    if (oldest >= blocks) {
-        copies_wait<0>();
-        __syncthreads();
-    }
+    // If no block was walked the copies are still under way. Asking whether it was would keep `oldest` in a register.
+    copies_wait<0>();
+    __syncthreads();
     if (!exists) return;
     u8* own = shared + warp * row_tiles * 16 * ROW_BYTES;
     __syncwarp();

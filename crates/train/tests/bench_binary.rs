@@ -101,6 +101,9 @@ fn a_training_step_is_measured_on_trained_weights_and_leaves_them() {
     assert!(loss(&rows[0]) < 5.5 && (loss(&rows[0]) - loss(&rows[1])).abs() < 1e-2, "{rows:?}");
     assert!(rows[0]["tiles_skipped"].as_f64() > Some(0.0) && rows[1].get("tiles_skipped").is_none());
     assert_eq!(rows[0]["shape"], "2 x 256 tokens");
+    // A checkpoint of the run is as good as the run.
+    let (table, _) = succeed(&mut bench(&run.join("checkpoints/step-00000002"), &["train"]));
+    assert!(table.contains("run step 2, early exit 2^-12"), "{table}");
     let dense = bench(&run, &["train", "--dense"]).output().unwrap();
     assert!(!String::from_utf8_lossy(&dense.stdout).contains("early exit"));
     // A softmax run has one kind of step.

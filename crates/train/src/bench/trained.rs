@@ -28,7 +28,10 @@ impl Trained {
     pub(super) fn open(run: &Path, data: Option<&Path>, device: Device) -> Result<Self> {
         let loaded = LoadedModel::open_on(run, device, ComputeType::Auto.resolve(device)?)?;
         let full = run.canonicalize().with_context(|| format!("cannot open {}", run.display()))?;
-        let name = full.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+        // A checkpoint's folder stands in the run's, under `checkpoints`.
+        let is_run = |folder: &&Path| folder.join(CONFIG_NAME).is_file();
+        let run = [full.as_path()].into_iter().chain(full.ancestors().nth(2)).find(is_run).unwrap_or(&full);
+        let name = run.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
         let name = format!("{name} step {}", loaded.step);
         Ok(Self { loaded, name, run: run.to_owned(), data: data.map(Path::to_owned) })
     }
@@ -41,12 +44,12 @@ impl Trained {
         }
     }
 
-    /// Refuses a softmax model, which skips nothing.
     /// Whether its attention is stick-breaking.
     pub(super) fn skips_tiles(&self) -> bool {
         self.loaded.model.config().attention == AttentionKind::StickBreaking
     }
 
+    /// Refuses a softmax model, which skips nothing.
     pub(super) fn expect_stick_breaking(&self) -> Result<()> {
         if self.skips_tiles() {
             return Ok(());

@@ -24,6 +24,8 @@ const BACKWARD: &str = "stick-breaking attention on CUDA, backward";
 pub const STATE_BYTES: usize = 1 << 30;
 /// Of one number of the state.
 const STICK_BYTES: usize = size_of::<u16>();
+/// Of a document: the number of its last one times the next is below 2^31.
+const MOST_PIECES: usize = 46_340;
 
 /// Everything that calls with one spec and the same documents share: tile lists on the device and loaded kernels. Made once
 /// per batch, used by every layer. Cheap to clone.
@@ -519,10 +521,12 @@ impl TensorCores {
     fn new(queue: &Queue, layout: &AttentionLayout, documents: &[Range<usize>], kernels: Kernels) -> Result<Self> {
         let shape = Shape::new(layout.head_dim, queue.gpu().shared_memory_per_block())?;
         let entries = documents.iter().map(|document| shape.entries(document.len())).sum();
-        // Indices inside a head are 32 bits wide, and so are offsets inside a tile.
+        let longest = documents.iter().map(|document| document.len()).max().unwrap_or(0);
+        // Indices inside a head are 32 bits wide, and so are offsets inside a tile, and m (m + 1) for the last piece m.
         let strides = [layout.query_stride, layout.key_stride, layout.value_stride, layout.output_stride];
         for (what, found, most) in [
             ("tokens", layout.tokens, i32::MAX as usize),
+            ("the longest document", longest, MOST_PIECES * PIECE),
             ("the number of pairs of 64 queries and 64 keys", entries, i32::MAX as usize),
             ("the largest stride", strides.into_iter().max().unwrap_or(0), 1 << 24),
         ] {
