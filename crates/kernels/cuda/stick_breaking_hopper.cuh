@@ -68,7 +68,7 @@ DEVICE Tile uniform(const volatile Tile& tile) {
     return {uniform(tile.start), uniform(tile.length), uniform(tile.first), uniform(tile.entry), uniform(tile.piece)};
 }
 
-// Where the scores keep key x (of the lane's 32) of row r (of the lane's two: g and g + 8).
+// Where the scores keep key x (of the lane's quarter of the tile) of row r (of the lane's two: g and g + 8).
 constexpr __device__ int score_at(int r, int x) { return 4 * (x >> 1) + 2 * r + (x & 1); }
 
 // Four words per lane, of four 8-column tiles, become the four words of tile c, one from each lane of the quad.

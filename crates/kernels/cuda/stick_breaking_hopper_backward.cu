@@ -868,8 +868,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stick_breaking_backward
         barrier_init(shared_address(&control.keys_full), 1);
         barrier_init(shared_address(&control.keys_empty), CONSUMER_WARPS);
         for (int stage = 0; stage < STAGES; stage++) {
-            // The consumers and the turn keeper; the sum keeper they have waited for.
             barrier_init(shared_address(&control.full[stage]), 1);
+            // The consumers and the turn keeper; the sum keeper they have waited for.
             barrier_init(shared_address(&control.empty[stage]), CONSUMER_WARPS + 1);
             barrier_init(shared_address(&control.told[stage]), 1);
             barrier_init(shared_address(&control.summed[stage]), 1);

@@ -1,5 +1,5 @@
 // The forward pass of stick-breaking attention on Hopper (sm_90a): bf16, head dims 64 and 128. It computes and writes what
-// `forward` in stick_breaking.cu does, with the same state, so that the backward passes there go on from it.
+// `forward` in stick_breaking.cu does, with the same state, so that any backward pass goes on from it.
 //
 // A persistent block of one producer warp and WARPGROUPS consumer warpgroups takes items (a tile of 64 WARPGROUPS rows of one
 // head) by an atomic ticket, the longest first. A consumer warpgroup has one piece of 64 rows. The producer copies Q once

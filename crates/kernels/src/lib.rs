@@ -44,7 +44,7 @@
 //!
 //! **Between the passes.** `forward(.., save = true)` returns [`Saved`](attention::stick_breaking::cuda::Saved), which the
 //! backward pass reads along with q, k, v and the gradient of o; o itself and rem are not needed. It holds at most an eighth
-//! of what q, k, v and o take, beside one f32 per row ([`bytes`](attention::stick_breaking::cuda::Saved::bytes)): what is left
+//! of what q, k, v and o take, beside 16 bits per row ([`bytes`](attention::stick_breaking::cuda::Saved::bytes)): what is left
 //! of the stick at some keys, and with early exit how far each query tile went. With `save = false` nothing is kept.
 
 pub mod adamw;

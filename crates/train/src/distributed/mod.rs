@@ -98,8 +98,8 @@ pub trait Communicator: Send + Sync + fmt::Debug {
     }
 
     /// Lets all ranks reach a tensor of each other's directly as long as the communicator lasts, if they can: collectives
-    /// inside it then have the same results and take less of the device from what is computed beside them. All ranks call it
-    /// with the same size. The host waits.
+    /// inside it then take less of the device from what is computed beside them. Gathers have the same results; sums over more
+    /// than two ranks may be taken in another order. All ranks call it with the same size. The host waits.
     ///
     /// # Errors
     /// If the tensor is not contiguous, or another rank is lost.

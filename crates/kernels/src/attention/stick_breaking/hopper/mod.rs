@@ -21,7 +21,7 @@ const CHUNK: usize = 64;
 const PIECE: usize = super::cuda::PIECE;
 /// Bytes of the barriers and of what else passes between producer and consumers.
 const CONTROL_BYTES: usize = 512;
-/// Keys and values of heads that run at the same time should leave room in L2 (50 MB on an H100) for the rest.
+/// What heads that run at the same time read again and again should leave room in L2 (50 MB on an H100) for the rest.
 const SECTION_BYTES: usize = 32 << 20;
 
 /// Whether the warpgroups of a block take turns in starting their products, and when a turn ends.
