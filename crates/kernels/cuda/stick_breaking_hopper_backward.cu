@@ -304,7 +304,9 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
                 control.before = min(before + BEFORE, 2 * BEFORE);
 #pragma unroll
                 for (int w = 0; w < WARPGROUPS; w++)
-                    stage.use[w] = w + 1 >= visible || first_block + w < oldest || end < (piece + 1) * PIECE ? HAS_PIECE + AT_EDGE + before : HAS_PIECE + before;
+                    stage.use[w] = w + 1 >= visible || first_block + w < oldest || end < (piece + 1) * PIECE
+                                       ? HAS_PIECE + AT_EDGE + before
+                                       : HAS_PIECE + before;
                 stage.head = head;
                 stage.piece = piece;
                 stage.slot = head * p.pieces + tile.piece + piece;
@@ -321,7 +323,8 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
                     copy_box(to + chunk * CHUNK_BYTES, q_map, full, column + chunk * 64, row);
                     copy_box(to + TILE_BYTES + chunk * CHUNK_BYTES, g_map, full, column + chunk * 64, row);
                 }
-                const i64 entry = (u64)(u32)head * (u32)p.entries + tile.entry + piece * (piece + 1) / 2 * (PIECE / KEYS) + first_block;
+                const i64 entry = (u64)(u32)head * (u32)p.entries + tile.entry +
+                                  piece * (piece + 1) / 2 * (PIECE / KEYS) + first_block;
                 if (sticks > 0)
                     copy_bytes(shared_address(control.sticks[stage_of(at)]), p.sticks + (entry + 1) * PIECE, sticks, full);
             }
@@ -342,7 +345,8 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
                 int oldest = 0;
                 bool wanted = (some + lane) * PIECE < tile.length;
                 if (p.first_blocks != nullptr && wanted) {
-                    oldest = p.first_blocks[(u64)(u32)(p.first_kv_head * p.group + head) * (u32)p.pieces + tile.piece + some + lane];
+                    oldest = p.first_blocks[(u64)(u32)(p.first_kv_head * p.group + head) * (u32)p.pieces + tile.piece +
+                                            some + lane];
                     oldest = min(oldest, max(visible_blocks(min((some + lane + 1) * PIECE, tile.length), p.own_key) - 1, 0));
                     wanted = oldest < tile.first / KEYS + WARPGROUPS;
                 }
@@ -722,7 +726,8 @@ DEVICE void consume(const Backward& p, u8* shared) {
             start_queries(w, place(w) - 2);
             auto start_g = [&]() {
                 products_begin();
-                multiply_rows<CHUNK_BYTES, CHUNK_BYTES>(g, operand(stage_at(w) + TILE_BYTES, 0), operand(k_shared(w) + TILE_BYTES, 0));
+                multiply_rows<CHUNK_BYTES, CHUNK_BYTES>(g, operand(stage_at(w) + TILE_BYTES, 0),
+                                                        operand(k_shared(w) + TILE_BYTES, 0));
                 products_commit();
             };
             // With the product behind it under way.

@@ -659,15 +659,13 @@ impl TensorCores {
     ) -> Result<()> {
         let layout = &spec.layout;
         let group = layout.group();
-        let single = self.hopper.as_ref().and_then(|hopper| hopper.backward.as_ref());
-        // What a head needs: the sums, or the chains of the single pass, and the state where it is rebuilt.
+        let one_kernel = self.hopper.as_ref().and_then(|hopper| hopper.backward.as_ref());
+        // What a head needs: the sums, or on Hopper the chains, and the state where it is rebuilt.
         let (sums_bytes, sticks_bytes) = (self.head_state() * size_of::<f32>(), self.head_state() * STICK_BYTES);
-        let chain_bytes = single.map(|_| hopper::backward::Chains::head_bytes(layout.head_dim, self.pieces));
+        let chain_bytes = one_kernel.map(|_| hopper::backward::Chains::head_bytes(layout.head_dim, self.pieces));
         let rebuilt_bytes = if saved.is_some() { 0 } else { sticks_bytes };
         let group_bytes = group * (rebuilt_bytes + chain_bytes.unwrap_or(sums_bytes));
         let groups = (STATE_BYTES / group_bytes.max(1)).clamp(1, layout.kv_heads);
-        let sums_len = if single.is_some() { 0 } else { groups * group * self.head_state() };
-        let mut sums = queue.scratch(DeviceType::F32, sums_len)?;
         let mut rebuilt = if saved.is_some() { None } else { Some(self.scratch_for_sticks(queue, groups * group)?) };
         let null = Arg::optional(None);
         for first_group in (0..layout.kv_heads).step_by(groups) {
@@ -714,7 +712,7 @@ impl TensorCores {
                 (None, Some(rebuilt)) => rebuilt.as_ref().into(),
                 (None, None) => null,
             };
-            if let Some(single) = single {
+            if let Some(kernel) = one_kernel {
                 let call = Backward {
                     inputs: [q, k, v],
                     d_o,
@@ -723,11 +721,12 @@ impl TensorCores {
                     first_blocks: Arg::optional(first_blocks),
                     gradients: [&mut dq, &mut dk, &mut dv].map(Arg::from),
                 };
-                let mut chains = single.chains(queue, layout, self.pieces, first_head..first_head + heads)?;
-                run("backward", &mut || single.run(queue, spec, state, Self::factor(spec), &mut chains, &call))?;
-                run("finish", &mut || single.finish(queue, spec, self.pieces, &chains, &call))?;
+                let mut chains = kernel.chains(queue, layout, self.pieces, first_head..first_head + heads)?;
+                run("backward", &mut || kernel.run(queue, spec, state, Self::factor(spec), &mut chains, &call))?;
+                run("finish", &mut || kernel.finish(queue, spec, self.pieces, &chains, &call))?;
                 continue;
             }
+            let mut sums = queue.scratch(DeviceType::F32, heads * self.head_state())?;
             let mut arguments = |tiles: &Tiles| {
                 [
                     q.into(),

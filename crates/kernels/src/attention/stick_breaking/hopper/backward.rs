@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::super::StickBreakingSpec;
-use super::super::cuda::{Backward, PIECE, TileSize, Tiles};
+use super::super::cuda::{self, PIECE, TileSize, Tiles};
 use super::{BACKWARD as OP, CONTROL_BYTES, Persistent, key_boxes, query_boxes, section};
 use crate::Result;
 use crate::attention::AttentionLayout;
@@ -46,19 +46,13 @@ impl Tuning {
 
     /// The kernels of a head dim, for compiling them ahead.
     pub fn source(&self, head_dim: usize) -> Source {
-        let parts = &[
-            include_str!("../../../../cuda/hopper.cuh"),
-            include_str!("../../../../cuda/stick_breaking.cuh"),
-            include_str!("../../../../cuda/stick_breaking_hopper.cuh"),
-            include_str!("../../../../cuda/stick_breaking_hopper_backward.cu"),
-        ];
         let defines = vec![
             ("HEAD_DIM", head_dim.to_string()),
             ("STAGES", self.stages.to_string()),
             ("PAIRS", u8::from(self.pairs).to_string()),
             ("AHEAD", u8::from(self.ahead).to_string()),
         ];
-        Source { file: "stick_breaking_hopper_backward.cu", parts, defines }
+        source!("stick_breaking_hopper_backward.cu", defines)
     }
 
     pub(super) fn shared(&self, head_dim: usize) -> usize {
@@ -91,7 +85,7 @@ impl Chains {
 }
 
 #[derive(Debug)]
-pub(in super::super) struct Single {
+pub(in super::super) struct Backward {
     kernel: Persistent,
     finish: Kernel,
     finish_tiles: Tiles,
@@ -99,7 +93,7 @@ pub(in super::super) struct Single {
     section: usize,
 }
 
-impl Single {
+impl Backward {
     pub(super) fn new(
         queue: &Queue,
         layout: &AttentionLayout,
@@ -139,7 +133,7 @@ impl Single {
         (entries, pieces): (usize, usize),
         factor: f32,
         chains: &mut Chains,
-        call: &Backward<'_>,
+        call: &cuda::Backward<'_>,
     ) -> Result<()> {
         let layout = &spec.layout;
         let tokens = layout.tokens;
@@ -200,7 +194,7 @@ impl Single {
         spec: &StickBreakingSpec,
         pieces: usize,
         chains: &Chains,
-        call: &Backward<'_>,
+        call: &cuda::Backward<'_>,
     ) -> Result<()> {
         let layout = &spec.layout;
         let arguments = [

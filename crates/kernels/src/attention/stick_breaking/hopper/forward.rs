@@ -55,12 +55,6 @@ impl Tuning {
 
     /// The kernel of a head dim, for compiling it ahead.
     pub fn source(&self, head_dim: usize) -> Source {
-        let parts = &[
-            include_str!("../../../../cuda/hopper.cuh"),
-            include_str!("../../../../cuda/stick_breaking.cuh"),
-            include_str!("../../../../cuda/stick_breaking_hopper.cuh"),
-            include_str!("../../../../cuda/stick_breaking_hopper_forward.cu"),
-        ];
         let defines = vec![
             ("HEAD_DIM", head_dim.to_string()),
             ("WARPGROUPS", self.warpgroups.to_string()),
@@ -69,7 +63,7 @@ impl Tuning {
             ("OVERLAP", u8::from(self.overlap).to_string()),
             ("TURNS", (self.turns as u8).to_string()),
         ];
-        Source { file: "stick_breaking_hopper_forward.cu", parts, defines }
+        source!("stick_breaking_hopper_forward.cu", defines)
     }
 
     fn rows(&self) -> usize {

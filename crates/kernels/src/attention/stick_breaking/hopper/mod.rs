@@ -7,6 +7,22 @@ use crate::attention::AttentionLayout;
 use crate::cuda::{Arg, Boxes, DeviceType, HOPPER, Kernel, Launch, Queue, Scratch, Source, TensorMap};
 use crate::{KernelError, Result};
 
+/// The text of one of the kernels: its file, behind those that all of them build on.
+macro_rules! source {
+    ($file:literal, $defines:expr) => {
+        Source {
+            file: $file,
+            parts: &[
+                include_str!("../../../../cuda/hopper.cuh"),
+                include_str!("../../../../cuda/stick_breaking.cuh"),
+                include_str!("../../../../cuda/stick_breaking_hopper.cuh"),
+                include_str!(concat!("../../../../cuda/", $file)),
+            ],
+            defines: $defines,
+        }
+    };
+}
+
 pub mod backward;
 pub mod forward;
 pub mod probe;
@@ -198,7 +214,7 @@ fn key_boxes<const KEYS: usize>(tokens: usize, width: usize, stride: usize) -> B
 pub(super) struct Hopper {
     pub(super) forward: Option<forward::Forward>,
     pub(super) sticks: Option<sticks::Sticks>,
-    pub(super) backward: Option<backward::Single>,
+    pub(super) backward: Option<backward::Backward>,
     pub(super) rebuild: bool,
 }
 
@@ -218,7 +234,7 @@ impl Hopper {
         let sticks = sticks.map(|of| sticks::Sticks::new(queue, layout, tiles(of.tile_size())?, of));
         let backward = backward.map(|of| {
             let tiles = [tiles(backward::TILE_SIZE)?, tiles(backward::FINISH_SIZE)?];
-            backward::Single::new(queue, layout, tiles, of)
+            backward::Backward::new(queue, layout, tiles, of)
         });
         Ok(Self {
             forward: forward.transpose()?,

@@ -38,19 +38,13 @@ impl Tuning {
 
     /// The kernel of a head dim, for compiling it ahead.
     pub fn source(&self, head_dim: usize) -> Source {
-        let parts = &[
-            include_str!("../../../../cuda/hopper.cuh"),
-            include_str!("../../../../cuda/stick_breaking.cuh"),
-            include_str!("../../../../cuda/stick_breaking_hopper.cuh"),
-            include_str!("../../../../cuda/stick_breaking_hopper_sticks.cu"),
-        ];
         let defines = vec![
             ("HEAD_DIM", head_dim.to_string()),
             ("WARPGROUPS", self.warpgroups.to_string()),
             ("STAGES", self.stages.to_string()),
             ("TURNS", u8::from(self.turns).to_string()),
         ];
-        Source { file: "stick_breaking_hopper_sticks.cu", parts, defines }
+        source!("stick_breaking_hopper_sticks.cu", defines)
     }
 
     fn rows(&self) -> usize {
