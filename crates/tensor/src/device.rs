@@ -42,7 +42,7 @@ impl Device {
             Device::Cpu => Ok(memory_use()),
             Device::Cuda(ordinal) => {
                 let memory = crate::cuda::queue(ordinal)?.gpu().memory()?;
-                let (live, peak, held) = (memory.pool_used, memory.pool_peak, memory.pool_reserved);
+                let (live, peak, held) = (memory.used, memory.peak, memory.reserved);
                 Ok(MemoryUse { live: live as usize, peak: peak as usize, pooled: (held - live.min(held)) as usize })
             }
         }

@@ -35,7 +35,7 @@ fn memory_that_processes_share_is_used_like_any_other_and_given_back() {
     let host = Tensor::randn(0.0, 1.0, [5_000_003], DType::F32, 4).unwrap();
     let shared = Tensor::zeros_shareable_on([5_000_003], DType::F32, CUDA).unwrap();
     assert!(shared.is_shareable() && !host.to_device(CUDA).unwrap().is_shareable());
-    assert!(gpu.memory().unwrap().pool_reserved >= before.pool_reserved + 4 * 5_000_003);
+    assert!(gpu.memory().unwrap().reserved >= before.reserved + 4 * 5_000_003);
     shared.copy_assign(&host.to_device(CUDA).unwrap()).unwrap();
     assert_eq!(shared.to_vec::<f32>().unwrap(), host.to_vec::<f32>().unwrap());
     // Used by work that is still to come when the last reference goes.
@@ -43,7 +43,7 @@ fn memory_that_processes_share_is_used_like_any_other_and_given_back() {
     let held = gpu.memory().unwrap();
     drop(shared);
     assert!(sum.to_scalar().unwrap().is_finite());
-    assert!(gpu.memory().unwrap().pool_used + 4 * 5_000_003 <= held.pool_used);
+    assert!(gpu.memory().unwrap().used + 4 * 5_000_003 <= held.used);
     let message = Tensor::zeros_shareable_on([1 << 40], DType::F32, CUDA).unwrap_err().to_string();
     assert!(message.contains("GiB are free"), "{message}");
 }

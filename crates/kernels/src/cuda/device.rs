@@ -41,11 +41,11 @@ pub struct MemoryInfo {
     /// All of the device.
     pub total: u64,
     /// In use by this process now: in its pool, and mapped outside it.
-    pub pool_used: u64,
+    pub used: u64,
     /// The most of the pool in use since the start or [`Gpu::reset_peak_memory`], and what is mapped now.
-    pub pool_peak: u64,
+    pub peak: u64,
     /// Held by the pool, in use or not, and what is mapped outside it.
-    pub pool_reserved: u64,
+    pub reserved: u64,
 }
 
 pub(super) fn driver(doing: &'static str) -> impl Fn(DriverError) -> KernelError {
@@ -252,9 +252,9 @@ impl Gpu {
         Ok(MemoryInfo {
             free: free as u64,
             total: total as u64,
-            pool_used: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
-            pool_peak: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
-            pool_reserved: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
+            used: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
+            peak: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
+            reserved: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
         })
     }
 

@@ -109,7 +109,7 @@ impl Queue {
     fn no_memory(&self, bytes: usize, error: DriverError) -> KernelError {
         let state = self.gpu().memory().map_or(String::new(), |m| {
             let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-            let (used, free, total) = (gib(m.pool_used), gib(m.free), gib(m.total));
+            let (used, free, total) = (gib(m.used), gib(m.free), gib(m.total));
             format!("; {used:.2} GiB are in use here, {free:.2} of {total:.2} GiB are free on the device")
         });
         KernelError::cuda(format!("allocating {bytes} bytes of device memory"), format!("{}{state}", driver("")(error)))

@@ -197,7 +197,7 @@ fn free_memory(device: Device) -> Result<Option<u64>> {
         None => available_memory(),
         Some(queue) => {
             let memory = queue.gpu().memory()?;
-            Some(memory.free + memory.pool_reserved)
+            Some(memory.free + memory.reserved)
         }
     })
 }
