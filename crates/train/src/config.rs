@@ -374,6 +374,18 @@ pub enum Windows {
     All,
 }
 
+impl Windows {
+    /// Whether the weights are one.
+    pub(crate) fn of_weights(self) -> bool {
+        self != Self::None
+    }
+
+    /// Whether the gradients are one.
+    pub(crate) fn of_gradients(self) -> bool {
+        self == Self::All
+    }
+}
+
 mod defaults {
     pub(super) fn seed() -> u64 {
         1

@@ -4,7 +4,7 @@
 //! every bucket, and the parts are gathered again ([`crate::distributed`]). Master values and moments exist for the shard
 //! alone.
 
-use crate::config::{DistributedConfig, OptimizerConfig, Windows};
+use crate::config::{DistributedConfig, OptimizerConfig};
 use crate::distributed::gradients::GradientReducer;
 use crate::distributed::shards::{ShardLayout, intersection};
 use crate::distributed::single::Single;
@@ -73,10 +73,10 @@ impl Optimizer {
         let (rank, ranks) = (communicator.rank(), communicator.ranks());
         let length = arena.values().elements();
         let layout = ShardLayout::new(length, rank, ranks, distributed.bucket_bytes(length));
-        if distributed.windows != Windows::None {
+        if distributed.windows.of_weights() {
             communicator.share("weights", arena.values())?;
         }
-        if distributed.windows == Windows::All {
+        if distributed.windows.of_gradients() {
             communicator.share("gradients", arena.gradients())?;
         }
         let treated = treated_alike(model);

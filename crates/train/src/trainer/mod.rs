@@ -13,7 +13,7 @@ mod snapshot;
 mod text;
 
 use crate::checkpoint::{CheckpointStore, Disk, RealDisk};
-use crate::config::{ComputeType, NonFinite, RunConfig, Windows};
+use crate::config::{ComputeType, NonFinite, RunConfig};
 use crate::console::Console;
 use crate::data::{Batch, Cursor, Prefetch, Share};
 use crate::device;
@@ -166,9 +166,10 @@ impl Trainer {
             // Before the metrics are cut back to the checkpoint's step: a mistaken command must lose nothing.
             snapshot::check_identity(checkpoint, &config, &text.fingerprint)?;
         }
+        let (windows, shares) = (config.distributed.windows, communicator.shares_memory());
         let mut layout = ShardLayout::arena(ranks);
-        layout.shares_values = config.distributed.windows != Windows::None && communicator.shares_memory();
-        layout.shares_gradients = config.distributed.windows == Windows::All && communicator.shares_memory();
+        layout.shares_values = shares && windows.of_weights();
+        layout.shares_gradients = shares && windows.of_gradients();
         let model = Transformer::new_with(config.model.clone(), dtype, device, layout)?;
         let optimizer =
             Optimizer::with_ranks(config.optimizer.clone(), &config.distributed, &model, Arc::clone(&communicator))?;
