@@ -111,8 +111,8 @@ impl Captured {
 
     fn rows(&self, trained: &Trained) -> Vec<Row> {
         let (layers, mut rows) = (self.layers(), Vec::new());
-        let name = format!("{}, early exit 2^-{}", trained.name, trained.early_exit_bits());
-        for mut row in self.early_exit.rows(&name, self.shape, layers) {
+        let [early_exit, dense] = trained.kinds().map(|(kind, _)| format!("{}, {kind}", trained.name));
+        for mut row in self.early_exit.rows(&early_exit, self.shape, layers) {
             row.attention = row.attention.map(|figures| {
                 let [o, gradients @ ..] = self.apart;
                 let apart = if row.name.ends_with("backward") { gradients.to_vec() } else { vec![o] };
@@ -120,7 +120,7 @@ impl Captured {
             });
             rows.push(row);
         }
-        rows.extend(self.dense.rows(&format!("{}, dense", trained.name), self.shape, layers));
+        rows.extend(self.dense.rows(&dense, self.shape, layers));
         rows.extend(self.softmax.rows("softmax", self.shape, layers));
         rows
     }

@@ -187,8 +187,7 @@ fn measure_random(settings: &Settings, copy_rate: f64, each: &mut dyn FnMut(Row)
 /// Each layer's attention for the last token of a text, and whole tokens.
 fn measure_trained(settings: &Settings, trained: &Trained, copy_rate: f64, each: &mut dyn FnMut(Row)) -> Result<()> {
     trained.expect_stick_breaking()?;
-    let bits = trained.early_exit_bits();
-    let kinds = [(format!("early exit 2^-{bits}"), bits), ("dense".to_owned(), 0)];
+    let kinds = trained.kinds();
     let contexts = if settings.device == Device::Cpu { &CPU_CONTEXTS } else { &GPU_CONTEXTS };
     let contexts = trained.available(settings, contexts)?;
     for &context in &contexts {

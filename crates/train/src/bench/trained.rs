@@ -44,6 +44,12 @@ impl Trained {
         }
     }
 
+    /// What stick-breaking is measured with: names of early exit and of none, and their bits.
+    pub(super) fn kinds(&self) -> [(String, u32); 2] {
+        let bits = self.early_exit_bits();
+        [(format!("early exit 2^-{bits}"), bits), ("dense".to_owned(), 0)]
+    }
+
     /// Whether its attention is stick-breaking.
     pub(super) fn skips_tiles(&self) -> bool {
         self.loaded.model.config().attention == AttentionKind::StickBreaking

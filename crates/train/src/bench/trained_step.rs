@@ -7,18 +7,13 @@ use super::row::{AttentionFigures, Row};
 use super::trained::Trained;
 use crate::optimizer::Optimizer;
 use anyhow::Result;
-use stickbreak_model::AttentionKind;
 
 pub(super) fn measure(settings: &Settings, trained: &Trained, each: &mut dyn FnMut(Row)) -> Result<()> {
     let config = trained.config()?;
     let (length, sequences, at_once) =
         (config.train.sequence_length, config.sequences_per_step(), config.micro_batch(1));
     let text = trained.windows(length)?;
-    let bits = trained.early_exit_bits();
-    let kinds = match trained.loaded.model.config().attention {
-        AttentionKind::StickBreaking => vec![(format!("early exit 2^-{bits}"), bits), ("dense".to_owned(), 0)],
-        _ => vec![("softmax".to_owned(), 0)],
-    };
+    let kinds = if trained.skips_tiles() { trained.kinds().to_vec() } else { vec![("softmax".to_owned(), 0)] };
     for (kind, bits) in kinds.into_iter().filter(|(_, bits)| *bits == 0 || !settings.dense_only) {
         let name = format!("{}, {kind}", trained.name);
         let model = trained.loaded.with_early_exit(bits)?;
