@@ -14,8 +14,9 @@
 //     A and dz                      by the scan along the rows, rounded to bf16 in shared memory
 //     dV += A^T dO, dK += dz^T Q    read from there with rows and columns exchanged
 //     dQ += dz K                    half of the columns, over both blocks of keys
-// dQ comes two pieces late so that a warpgroup need not wait for the other one's dz: the second one follows the first one, whose
-// sums it needs, by up to a piece. At head dim 64 there are registers left to compute S one piece ahead.
+// dQ comes a piece late, or two, so that a warpgroup need not wait for the other one's dz: the second one follows the first one,
+// whose sums it needs, by up to a piece. At head dim 64 there are registers left to compute S one piece ahead, and to compute and
+// add dQ while the sums are exchanged. At 128 that is done before dP and the scan, which need the registers.
 //
 // The chain of a piece. What older keys add up to for each row is passed on from item to item, older ones first, and so is the
 // turn to add to dQ, which is float32 in global memory until `stick_breaking_finish_hopper` rounds it. So the order of all
@@ -33,7 +34,7 @@
 // see its own key and begins the item).
 //
 // Shared memory, KiB at head dim 64 / 128: K and V 32 / 64, stages of Q and dO 16 / 32 each, A and dz twice each 64. 160 with
-// four stages, 192 with two, and the state. Registers at 128: dK and dV 128, S (later e) 32, dP (later A g) 32, keep (before
+// four stages, 224 with three, and the state. Registers at 128: dK and dV 128, S (later e) 32, dP (later A g) 32, keep (before
 // that dQ) 32; 16 of 240 are left for all else. So addresses are computed where they are needed, from one word and, where they
 // are the same in all lanes, in uniform registers.
 //
@@ -51,7 +52,7 @@
 #endif
 // Stages of the ring.
 #ifndef STAGES
-#define STAGES (HEAD_DIM > 64 ? 2 : 4)
+#define STAGES (HEAD_DIM > 64 ? 3 : 4)
 #endif
 // 1: two keys share a reciprocal.
 #ifndef PAIRS
@@ -62,7 +63,7 @@
 #define AHEAD (HEAD_DIM > 64 ? 0 : 1)
 #endif
 
-static_assert(STAGES == 2 || STAGES == 4, "a stage is given back when the next one is in use, and places wrap at 2^32");
+static_assert(STAGES >= 2 && STAGES <= 4, "a stage is given back when the next one is in use, and two bits hold its number");
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one or two chunks of 64 columns");
 static_assert(KEYS == 64 && PIECE == 64, "blocks of keys and pieces of queries are tiles of 64 rows");
 
@@ -84,6 +85,8 @@ constexpr int HALF = HEAD_DIM / 2;
 constexpr int HAS_PIECE = 1, AT_EDGE = 2, BEFORE = 4;
 // There is no further item.
 constexpr int DONE = -1;
+// Pieces between the one that is scanned and the one whose dQ is added.
+constexpr int LATE = AHEAD ? 1 : 2;
 
 struct Item {
     Tile tile;
@@ -116,8 +119,8 @@ struct Control {
     // The sums that the second block needs; dz of either buffer; dQ may be added, has been.
     u64 passed[4], dz_full[2], dz_empty[2], turn[2], added[2];
     Item item;
-    // The slot of the piece whose turn it is, and whether this item starts its chain.
-    int turn_slot[2], turn_starts[2];
+    // The slot of the piece whose turn it is, with the sign bit where this item starts its chain.
+    int turn_slot[2];
     // The producer's next item, and the pieces of the one that it is at, as in Stage::use.
     int next, before;
 };
@@ -149,7 +152,7 @@ struct Backward {
     float factor, scale;
 };
 
-// Stages are counted through the whole launch, those without a piece too, and so all of their barriers.
+// Places are counted through the whole launch, those without a piece too, and so all of their barriers.
 DEVICE u32 stage_of(u32 place) { return place % STAGES; }
 DEVICE u32 parity_of(u32 place) { return place / STAGES & 1; }
 // Of what there is twice.
@@ -168,10 +171,10 @@ DEVICE float load_float(u32 from) {
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
     return x;
 }
-DEVICE float load_stick(u32 from) {
-    u16 x;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");
-    return to_float(Stick{x});
+DEVICE Stick load_stick(u32 from) {
+    Stick x;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x.bits) : "r"(from) : "memory");
+    return x;
 }
 DEVICE void store_float(u32 to, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory"); }
 DEVICE int load_int(u32 from) {
@@ -430,8 +433,7 @@ DEVICE void keep_turns(const Backward& p, u8* shared) {
             if ((use & HAS_PIECE) && !starts) {
                 while (load_acquire(number) != (u32)first_block) {}
             }
-            control.turn_slot[buffer_of(at)] = slot;
-            control.turn_starts[buffer_of(at)] = starts;
+            control.turn_slot[buffer_of(at)] = starts ? slot | (int)0x80000000 : slot;
             barrier_arrive(shared_address(&control.turn[buffer_of(at)]));
             barrier_wait(shared_address(&control.added[buffer_of(at)]), turn_of(at));
             if ((use & HAS_PIECE)) store_release(number, first_block + WARPGROUPS);
@@ -517,10 +519,10 @@ DEVICE void differentiate(const float (&e)[32], const float (&keep)[2][OWN], con
     }
 }
 
-// older_sum, which keeps nothing of the lane.
-DEVICE float sum_older(float x) {
+// older_sum in two parts, so that there is time between them for something else.
+DEVICE float next_older(float x) { return __shfl_up_sync(FULL_MASK, x, 1, 4); }
+DEVICE float sum_older(float x, float next) {
     const int c = thread_again() & 3;
-    float next = __shfl_up_sync(FULL_MASK, x, 1, 4);
     if (c == 0) next = 0.0f;
     float second = __shfl_up_sync(FULL_MASK, x + next, 2, 4);
     if (c < 2) second = 0.0f;
@@ -570,11 +572,19 @@ DEVICE void write_block(bf16* to, int stride, int valid, const float (&d)[HEAD_D
 DEVICE void consume(const Backward& p, u8* shared) {
     Control& control = *(Control*)(shared + CONTROL_AT);
     // What follows is computed where it is needed, which takes fewer registers than keeping it: registers are short. What it is
-    // computed from is one word: where shared memory starts (a multiple of 1024), the warpgroup, the place of the stage modulo 8.
+    // computed from is one word: where shared memory starts (a multiple of 1024), then from the lowest bit on the place modulo 8,
+    // the warpgroup, the stage and the parity of its barriers.
     u32 state = shared_address(shared) | (u32)(uniform(threadIdx.x / 128) - 1) << 3;
     auto base = [&](u32 w) { return w & ~1023u; };
     auto mine = [&](u32 w) { return w >> 3 & 1; };
     auto place = [&](u32 w) { return w & 7; };
+    auto stage_of = [&](u32 w) { return w >> 4 & 3; };
+    auto stage_parity = [&](u32 w) { return w >> 6 & 1; };
+    auto stage_before = [&](u32 w) { return stage_of(w) == 0 ? STAGES - 1 : stage_of(w) - 1; };
+    auto next = [&](u32 w) {
+        const u32 then = w & ~7u | (w + 1 & 7);
+        return stage_of(w) == STAGES - 1 ? (then ^ 64) & ~48u : then + 16;
+    };
     auto thread = [&]() { return thread_again() & 127; };
     auto k_shared = [&](u32 w) { return base(w) + mine(w) * 2 * TILE_BYTES; };
     // Twice A, twice dz.
@@ -629,11 +639,10 @@ DEVICE void consume(const Backward& p, u8* shared) {
         // What the next stage is, which is there then.
         int use;
         auto look = [&](u32 w) {
-            barrier_wait(address(w, OFFSET(full[stage_of(w)])), parity_of(place(w)));
-            use = uniform(load_int(address(w, OFFSET(stages[stage_of(w)].use[mine(w)]))));
+            barrier_wait(address(w, OFFSET(full[stage_of(w)])), stage_parity(w));
+            use = same(load_int(address(w, OFFSET(stages[stage_of(w)].use[mine(w)]))));
             return (use & HAS_PIECE) != 0;
         };
-        auto next = [&](u32 w) { return w & ~7u | (w + 1 & 7); };
         // What the copies of the next stage, which is AT_EDGE, left open: rows past the document's end become zeros without a
         // stick, and to the piece's newest block a whole stick is left.
         auto complete = [&](u32 w) {
@@ -685,13 +694,15 @@ DEVICE void consume(const Backward& p, u8* shared) {
             multiply_scores<true>(dq, dz + 4 * CHUNK_BYTES, keys + 2 * TILE_BYTES);
             products_commit();
         };
-        auto add_queries = [&](u32 w, u32 of) {
-            arrive(w, OFFSET(dz_empty[buffer_of(of)]));
+        // The slot of the piece of a place, with its sign bit, once it may be added to.
+        auto await_turn = [&](u32 w, u32 of) {
             barrier_wait(address(w, OFFSET(turn[buffer_of(of)])), turn_of(of));
+            return load_int(address(w, OFFSET(turn_slot[buffer_of(of)])));
+        };
+        auto add_queries = [&](u32 w, u32 of, int slot) {
             // Four accumulators of a thread in a row, then those of the next thread.
-            const int slot = load_int(address(w, OFFSET(turn_slot[buffer_of(of)])));
-            float* to = p.accumulator + (i64)slot * (PIECE * HEAD_DIM) + mine(w) * (PIECE * HALF) + thread() * 4;
-            if (uniform(load_int(address(w, OFFSET(turn_starts[buffer_of(of)]))))) {
+            float* to = p.accumulator + (i64)(slot & 0x7fffffff) * (PIECE * HEAD_DIM) + mine(w) * (PIECE * HALF) + thread() * 4;
+            if ((int)same(slot) < 0) {
 #pragma unroll
                 for (int j = 0; j < HALF / 8; j++)
                     *(float4*)(to + j * 512) = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
@@ -717,57 +728,67 @@ DEVICE void consume(const Backward& p, u8* shared) {
         }
         while (there) {
             if (!AHEAD && use & AT_EDGE) complete(state);
-            // The dQ of the last two pieces is not added, and the last one's stage is still in use.
+            // There is a piece before this one, whose stage is in use, and one before that.
             const bool one = use >= BEFORE, two = use >= 2 * BEFORE;
             const u32 w = same(state);
-            // dQ of the piece before the last one. At first there is none, and the product means nothing and is not added: ptxas
-            // wants the same products on every path.
-            if (two) await_scores(w, place(w) - 2);
-            start_queries(w, place(w) - 2);
             auto start_g = [&]() {
                 products_begin();
                 multiply_rows<CHUNK_BYTES, CHUNK_BYTES>(g, operand(stage_at(w) + TILE_BYTES, 0),
                                                         operand(k_shared(w) + TILE_BYTES, 0));
                 products_commit();
             };
-            // With the product behind it under way.
-            auto finish_queries = [&]() {
-                products_wait<1>();
-                pin(dq);
-                if (one) arrive(w, OFFSET(empty[stage_of(place(w) - 1)]));
-                if (two) add_queries(w, place(w) - 2);
-            };
             if (AHEAD) {
                 start_g();
             } else {
+                // At first there is no such piece, and the product means nothing and is not added: ptxas wants the same products
+                // on every path.
+                if (two) await_scores(w, place(w) - 2);
+                start_queries(w, place(w) - 2);
                 start_scores(w);
-                finish_queries();
+                int slot = 0;
+                if (two) slot = await_turn(w, place(w) - 2);
+                products_wait<1>();
+                pin(dq);
+                __syncwarp();
+                if ((thread_again() & 31) == 0) {
+                    if (one) barrier_arrive(address(w, OFFSET(empty[stage_before(w)])));
+                    if (two) barrier_arrive(address(w, OFFSET(dz_empty[buffer_of(place(w) - 2)])));
+                }
+                if (two) add_queries(w, place(w) - 2, slot);
                 start_g();
                 products_wait<1>();
                 pin(s);
+            }
+            // Not where they are needed: loads take long while products read shared memory.
+            Stick newer[2];
+            {
+                const u32 sticks = address(state, OFFSET(sticks[stage_of(state)][mine(state)])) + row() * 2;
+#pragma unroll
+                for (int r = 0; r < 2; r++) newer[r] = load_stick(sticks + 16 * r);
             }
             if (use & AT_EDGE) hide();
             float other[32], keep[2][OWN], left[2], grown[2], before[2];
             float (&e)[32] = AHEAD ? other : s;
             take_odds(s, p.factor, e, keep, left);
-            if (AHEAD) finish_queries();
             auto a_at = [&](u32 w) { return buffer_of(w) * CHUNK_BYTES; };
             auto dz_at = [&](u32 w) { return a_at(w) + 2 * CHUNK_BYTES; };
-            {
-                const u32 sticks = address(state, OFFSET(sticks[stage_of(state)][mine(state)])) + row() * 2;
 #pragma unroll
-                for (int r = 0; r < 2; r++) left[r] *= load_stick(sticks + 16 * r);
-            }
+            for (int r = 0; r < 2; r++) left[r] *= to_float(newer[r]);
             products_wait<0>();
             pin(g);
+            if (AHEAD && one) arrive(state, OFFSET(empty[stage_before(state)]));
             const u32 a_lane = score_lane(state) + a_at(state);
             weigh(e, keep, left, g, grown, a_lane);
             publish_shared();
+#pragma unroll
+            for (int r = 0; r < 2; r++) before[r] = next_older(grown[r]);
             wait_own();
             const u32 then = same(state);
             products_begin();
             add_products(dv, scores(then) + a_at(then), stage_at(then) + TILE_BYTES);
             if (AHEAD) {
+                if (one) await_scores(then, place(then) - 1);
+                start_queries(then, place(then) - 1);
                 there = look(next(state));
                 if (use & AT_EDGE) complete(next(state));
                 // Without a further piece once more those of this one, which nobody reads.
@@ -775,13 +796,16 @@ DEVICE void consume(const Backward& p, u8* shared) {
             }
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                before[r] = sum_older(grown[r]);
+                before[r] = sum_older(grown[r], before[r]);
                 // Not after the wait: half of it would be in registers until then.
                 pin_one(before[r]);
             }
             // The older block passes its sums on to the newer one, and that to the next item.
-            if (mine(then) == 0) barrier_wait(address(then, OFFSET(summed[stage_of(then)])), parity_of(place(then)));
+            if (mine(then) == 0) barrier_wait(address(then, OFFSET(summed[stage_of(then)])), stage_parity(then));
             else barrier_wait(address(then, OFFSET(passed[then & 3])), then >> 2 & 1);
+            // Which piece it is: only the newer block asks, but loads take long.
+            const u32 stage = base(then) + TOLD_AT + stage_of(then) * sizeof(Stage);
+            const int slot = load_int(stage), block = load_int(stage + 4);
             const u32 sums = base(then) + SUMS_AT + ((stage_of(then) * WARPGROUPS + mine(then)) * PIECE + row()) * 4;
 #pragma unroll
             for (int r = 0; r < 2; r++) {
@@ -795,14 +819,22 @@ DEVICE void consume(const Backward& p, u8* shared) {
                     if (newest_lane) store_float(sums + 4 * PIECE + 32 * r, grown[r]);
                 arrive(then, OFFSET(passed[then & 3]));
             } else {
-                const u32 stage = base(then) + TOLD_AT + stage_of(then) * sizeof(Stage);
-                u64* to = p.sums + (i64)load_int(stage) * PIECE + row();
-                const u64 next = (u64)(load_int(stage + 4) + WARPGROUPS) << 32;
+                u64* to = p.sums + (i64)slot * PIECE + row();
+                const u64 next = (u64)(block + WARPGROUPS) << 32;
 #pragma unroll
                 for (int r = 0; r < 2; r++)
                     if (newest_lane) store_relaxed(to + 8 * r, next | __float_as_uint(grown[r]));
             }
-            barrier_wait(address(then, OFFSET(dz_empty[buffer_of(then)])), turn_of(then) ^ 1);
+            if (AHEAD) {
+                products_wait<1>();
+                pin(dq);
+                if (one) {
+                    arrive(then, OFFSET(dz_empty[buffer_of(place(then) - 1)]));
+                    add_queries(then, place(then) - 1, await_turn(then, place(then) - 1));
+                }
+            }
+            // A turn for the piece before this one says as much: both warpgroups had added dQ of the one before that.
+            if (!AHEAD || !one) barrier_wait(address(then, OFFSET(dz_empty[buffer_of(then)])), turn_of(then) ^ 1);
             differentiate(e, keep, g, before, score_lane(state) + dz_at(state));
             publish_shared();
             arrive(then, OFFSET(dz_full[buffer_of(then)]));
@@ -821,17 +853,18 @@ DEVICE void consume(const Backward& p, u8* shared) {
         pin(dk);
         pin(dv);
         const u32 end = same(state);
-        if (use >= BEFORE) arrive(end, OFFSET(empty[stage_of(place(end) - 1)]));
-        for (int of = use / BEFORE; of > 0; of--) {
+        if (use >= BEFORE) arrive(end, OFFSET(empty[stage_before(end)]));
+        for (int of = min(use / BEFORE, LATE); of > 0; of--) {
             await_scores(end, place(end) - of);
             start_queries(end, place(end) - of);
             products_wait<0>();
             pin(dq);
-            add_queries(end, place(end) - of);
+            arrive(end, OFFSET(dz_empty[buffer_of(place(end) - of)]));
+            add_queries(end, place(end) - of, await_turn(end, place(end) - of));
         }
         // The last stage has no piece: its barriers, in the order of those of a piece. The sum keeper's, too, or the producer could
         // be two rounds ahead of it.
-        if (mine(end) == 0) barrier_wait(address(end, OFFSET(summed[stage_of(end)])), parity_of(place(end)));
+        if (mine(end) == 0) barrier_wait(address(end, OFFSET(summed[stage_of(end)])), stage_parity(end));
         arrive(end, OFFSET(empty[stage_of(end)]));
         if (mine(end) == 0) arrive(end, OFFSET(passed[end & 3]));
         barrier_wait(address(end, OFFSET(dz_empty[buffer_of(end)])), turn_of(end) ^ 1);

@@ -20,7 +20,7 @@ pub(super) const FINISH_SIZE: TileSize = (PIECE, false);
 /// How the kernel is built. Every choice gives the same results up to rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tuning {
-    /// Pieces of 64 queries, with their output gradients, that shared memory holds: 2, or for head dim 64 also 4.
+    /// Pieces of 64 queries, with their output gradients, that shared memory holds: 2 or 3, or for head dim 64 also 4.
     pub stages: usize,
     /// Whether two keys share a reciprocal. Head dim 64 only: it takes registers.
     pub pairs: bool,
@@ -32,14 +32,14 @@ impl Tuning {
     /// The default for a head dim.
     pub fn new(head_dim: usize) -> Self {
         let small = head_dim <= 64;
-        Self { stages: if small { 4 } else { 2 }, pairs: small, ahead: small }
+        Self { stages: if small { 4 } else { 3 }, pairs: small, ahead: small }
     }
 
     /// Choices worth measuring for a head dim.
     pub fn candidates(head_dim: usize) -> Vec<Self> {
         let default = Self::new(head_dim);
         if head_dim > 64 {
-            return vec![default];
+            return vec![default, Self { stages: 2, ..default }];
         }
         vec![default, Self { stages: 2, ..default }, Self { pairs: false, ..default }, Self { ahead: false, ..default }]
     }
