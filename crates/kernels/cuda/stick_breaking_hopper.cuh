@@ -12,6 +12,12 @@ DEVICE Position position_of(int index, int tile_count, int first_head, int heads
     return {first_head + at * section + within % section_heads, within / section_heads};
 }
 
+// The state that the forward pass keeps of a piece with so many blocks of keys, if it may keep `kept` of them (an even number):
+// from the first kept one, which starts a tile of 128 keys, to the newest.
+DEVICE int first_kept(int blocks, int kept) { return max(blocks - kept + 1, 0) & ~1; }
+// Where that of block 0 would lie. `piece` counts those of all documents, and of all heads.
+DEVICE i64 kept_entry(i64 piece, int kept, int first) { return piece * kept - first; }
+
 // A place in a ring of stages.
 struct Place {
     int stage;

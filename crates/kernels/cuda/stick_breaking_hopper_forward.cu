@@ -89,6 +89,8 @@ struct Forward {
     int tokens, tile_count, heads, group, section;
     // State entries and pieces of one head.
     int entries, pieces;
+    // Newest blocks of a piece whose state is kept; 0: all of them, in the order of the portable kernels.
+    int kept;
     int own_key;
     float factor, threshold;
 };
@@ -353,9 +355,14 @@ DEVICE void consume(const Forward& p, u8* shared) {
         const int piece_end = min(first + PIECE, tile.length);
         const int piece_blocks = exists ? visible_blocks(piece_end, p.own_key) : 0;
         const int newest = exists ? visible_blocks<TILE_KEYS>(piece_end, p.own_key) - 1 : -1;
+        auto oldest_kept = [&]() { return p.kept == 0 ? 0 : first_kept(piece_blocks, p.kept); };
+        auto first_stick = [&](int piece) {
+            return p.kept == 0 ? (i64)head * p.entries + first_entry(tile, piece)
+                               : kept_entry((i64)head * p.pieces + tile.piece + piece, p.kept, oldest_kept());
+        };
         Stick* sticks = nullptr;
         if (p.sticks != nullptr && exists && c < 2)
-            sticks = p.sticks + ((i64)head * p.entries + first_entry(tile, piece) + c) * PIECE + (row & (PIECE - 1));
+            sticks = p.sticks + (first_stick(piece) + c) * PIECE + (row & (PIECE - 1));
         // Rows past the document's end have no stick, so they never keep a tile alive.
         float stick[2], edge[2];
 #pragma unroll
@@ -381,7 +388,7 @@ DEVICE void consume(const Forward& p, u8* shared) {
         };
         // Keeps the state past tile n; whether the piece needs older tiles.
         auto finish_tile = [&](int n) {
-            if (sticks != nullptr && 2 * n + c < piece_blocks) {
+            if (sticks != nullptr && 2 * n + c < piece_blocks && 2 * n >= oldest_kept()) {
 #pragma unroll
                 for (int r = 0; r < 2; r++) sticks[(i64)(2 * n) * PIECE + 8 * r] = pack_stick(c == 0 ? stick[r] : edge[r]);
             }
@@ -500,11 +507,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stick_breaking_forward_
     const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
     const bf16* k, const bf16* v, bf16* o, float* rem, Stick* sticks, int* first_blocks, const int* tiles, u32* ticket,
     int key_stride, int value_stride, int output_stride, int tokens, int tile_count, int heads, int group, int section,
-    int entries, int pieces, int own_key, float factor, float threshold) {
+    int entries, int pieces, int kept, int own_key, float factor, float threshold) {
     extern __shared__ __align__(1024) u8 shared[];
     Control& control = *(Control*)(shared + WARPGROUPS * PIECE_BYTES + 2 * STAGES * TILE_BYTES);
     const Forward p = {k, v, o, rem, sticks, first_blocks, tiles, ticket, key_stride, value_stride, output_stride,
-                       tokens, tile_count, heads, group, section, entries, pieces, own_key, factor, threshold};
+                       tokens, tile_count, heads, group, section, entries, pieces, kept, own_key, factor, threshold};
     if (threadIdx.x == 0) {
         if (shared_address(shared) % 1024 != 0) __trap();
         prefetch_map(q_map);

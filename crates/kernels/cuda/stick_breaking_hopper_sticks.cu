@@ -61,6 +61,8 @@ constexpr int RING = WARPGROUPS * PIECE_BYTES, CONTROL = RING + STAGES * TILE_BY
 struct Sticks {
     const bf16* k;
     Stick* sticks;
+    // What the forward pass kept of all heads: of each piece the newest `kept` blocks. Null: nothing.
+    const Stick* saved;
     const int* first_blocks;
     const int* tiles;
     u32* ticket;
@@ -70,9 +72,16 @@ struct Sticks {
     int tokens, tile_count, group, first_head, head_count, section;
     // State entries and pieces of one head.
     int entries, pieces;
+    int kept;
     int own_key;
     float factor;
 };
+
+// The newest tile of keys to walk through for rows below `end`.
+DEVICE int newest_tile(const Sticks& p, int end) {
+    if (p.saved != nullptr) return first_kept(visible_blocks(end, p.own_key), p.kept) / (TILE_KEYS / KEYS) - 1;
+    return visible_blocks<TILE_KEYS>(end, p.own_key) - 1;
+}
 
 DEVICE void produce(const Sticks& p, const TensorMap& q_map, const TensorMap& k_map, u8* shared) {
     const int lane = threadIdx.x & 31;
@@ -91,7 +100,7 @@ DEVICE void produce(const Sticks& p, const TensorMap& q_map, const TensorMap& k_
         int next = 0;
         if (lane == 0) next = atomicAdd(p.ticket, 1);
 
-        const int newest = visible_blocks<TILE_KEYS>(min(tile.first + ROWS, tile.length), p.own_key) - 1;
+        const int newest = newest_tile(p, min(tile.first + ROWS, tile.length));
         int oldest = 0;
         if (p.first_blocks != nullptr) {
             oldest = newest + 1;
@@ -217,15 +226,30 @@ DEVICE void consume(const Sticks& p, u8* shared) {
         const int piece_end = min(first + PIECE, tile.length);
         const int piece_blocks = exists ? visible_blocks(piece_end, p.own_key) : 0;
         // The tiles that it needs: from own_newest down to own_oldest.
-        const int own_newest = exists ? visible_blocks<TILE_KEYS>(piece_end, p.own_key) - 1 : oldest - 1;
-        int own_oldest = oldest;
+        const int own_newest = exists ? newest_tile(p, piece_end) : oldest - 1;
+        int oldest_block = 0;
         if (exists && p.first_blocks != nullptr)
-            own_oldest = uniform(p.first_blocks[(i64)head * p.pieces + tile.piece + piece] / (TILE_KEYS / KEYS));
-        Stick* sticks = p.sticks + ((i64)(head - p.first_head) * p.entries + first_entry(tile, exists ? piece : 0) + c) * PIECE
-                        + (row & (PIECE - 1));
+            oldest_block = uniform(p.first_blocks[(i64)head * p.pieces + tile.piece + piece]);
+        const int own_oldest = exists ? oldest_block / (TILE_KEYS / KEYS) : oldest;
+        Stick* const first_stick =
+            p.sticks + ((i64)(head - p.first_head) * p.entries + first_entry(tile, exists ? piece : 0)) * PIECE;
+        Stick* const sticks = first_stick + c * PIECE + (row & (PIECE - 1));
         float stick[2], edge[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) stick[r] = row + 8 * r < tile.length ? 1.0f : 0.0f;
+        if (exists && p.saved != nullptr) {
+            const int first_saved = first_kept(piece_blocks, p.kept);
+            const Stick* const saved =
+                p.saved + kept_entry((i64)head * p.pieces + tile.piece + piece, p.kept, first_saved) * PIECE;
+            // The walk goes on from there, if it goes that far.
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                if (first_saved > 0) stick[r] = to_float(saved[(i64)first_saved * PIECE + (row & (PIECE - 1)) + 8 * r]);
+            // 8 sticks per thread.
+            constexpr int UNITS = PIECE / 8;
+            for (int i = max(first_saved, oldest_block) * UNITS + thread; i < piece_blocks * UNITS; i += 128)
+                *(uint4*)(first_stick + i * 8) = *(const uint4*)(saved + i * 8);
+        }
 
         for (int n = newest; n >= oldest; n--) {
             wait_tile();
@@ -269,12 +293,12 @@ DEVICE void consume(const Sticks& p, u8* shared) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) stick_breaking_sticks_hopper_bf16(
     const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const bf16* k, Stick* sticks,
-    const int* first_blocks, const int* tiles, u32* ticket, int key_stride, int tokens, int tile_count, int group,
-    int first_head, int head_count, int section, int entries, int pieces, int own_key, float factor) {
+    const Stick* saved, const int* first_blocks, const int* tiles, u32* ticket, int key_stride, int tokens, int tile_count,
+    int group, int first_head, int head_count, int section, int entries, int pieces, int kept, int own_key, float factor) {
     extern __shared__ __align__(1024) u8 shared[];
     Control& control = *(Control*)(shared + CONTROL);
-    const Sticks p = {k, sticks, first_blocks, tiles, ticket, key_stride, tokens, tile_count, group, first_head, head_count,
-                      section, entries, pieces, own_key, factor};
+    const Sticks p = {k, sticks, saved, first_blocks, tiles, ticket, key_stride, tokens, tile_count, group, first_head,
+                      head_count, section, entries, pieces, kept, own_key, factor};
     if (threadIdx.x == 0) {
         if (shared_address(shared) % 1024 != 0) __trap();
         prefetch_map(q_map);

@@ -3,9 +3,10 @@
 //!
 //! **Between the passes.** [`Saved`] holds the oldest key block that each query tile visited, if early exit is on, and, in
 //! bf16, what every row has left of the stick after each block of keys (2 bytes per row and 64 keys, `Stick` in
-//! `cuda/stick_breaking.cuh`), as long as that, the remainder left out, is at most an eighth of q, k, v and o. Longer inputs
-//! keep nothing of the kind: the backward pass rebuilds it with one walk more. It holds it, and what it needs besides, for as
-//! many heads at a time as [`STATE_BYTES`] allow, at least for the query heads of one key/value head.
+//! `cuda/stick_breaking.cuh`), as long as that, the remainder left out, is at most an eighth of q, k, v and o. Of longer inputs
+//! the Hopper kernels keep so much of it, for the keys next to each row, and the portable ones nothing: the backward pass
+//! rebuilds the rest with one walk more. It holds it, and what it needs besides, for as many heads at a time as
+//! [`STATE_BYTES`] allow, at least for the query heads of one key/value head.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -69,7 +70,7 @@ pub struct Saved {
     plan: Plan,
     /// u32 `[query_heads, pieces of 64 rows]` in bf16, else `[query_heads, query tiles]`; if early exit is on.
     first_tiles: Option<Scratch>,
-    /// 16 bits each, see `cuda/stick_breaking.cu`; None if the backward pass rebuilds it.
+    /// 16 bits each, see [`Kept`]; None if the backward pass rebuilds it.
     sticks: Option<Scratch>,
 }
 
@@ -202,8 +203,11 @@ impl Plan {
                 plan.stick_breaking_forward(queue, spec, [q, k, v], o, rem, log2_rem, first.as_mut())?;
             }
             Path::TensorCores(kernels) => {
-                if save && kernels.keeps_sticks(layout) {
-                    sticks = Some(kernels.scratch_for_sticks(queue, layout.query_heads)?);
+                let kept = if save { kernels.kept(layout) } else { Kept::Newest(0) };
+                // With the logarithm the kernel is a portable one.
+                let kept = if log2_rem.is_some() { kept.portable() } else { kept };
+                if kept != Kept::Newest(0) {
+                    sticks = Some(kernels.scratch_for_sticks(queue, layout.query_heads, kept)?);
                 }
                 let call = Forward {
                     inputs: [q, k, v],
@@ -212,6 +216,7 @@ impl Plan {
                     with_log: log2_rem.is_some(),
                     log2_rem: Arg::optional_mut(log2_rem),
                     sticks: Arg::optional_mut(sticks.as_mut().map(Scratch::as_mut).as_mut()),
+                    kept: kept.newest(),
                     first_blocks: Arg::optional_mut(first.as_mut()),
                 };
                 kernels.forward(queue, spec, call)?;
@@ -495,6 +500,33 @@ struct TensorCores {
     hopper: Option<Hopper>,
 }
 
+/// Which part of the state the forward pass keeps: of each piece of 64 queries that of
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    /// every block of keys: u16 `[query_heads, entries, PIECE]` ([`Shape::entries`]).
+    All,
+    /// an even number of them, the piece's own and those next to it: u16 `[query_heads, pieces, blocks, PIECE]`.
+    Newest(usize),
+}
+
+impl Kept {
+    /// Zero for all.
+    fn newest(self) -> usize {
+        match self {
+            Self::All => 0,
+            Self::Newest(blocks) => blocks,
+        }
+    }
+
+    /// What the portable kernels can keep of it.
+    fn portable(self) -> Self {
+        match self {
+            Self::All => self,
+            Self::Newest(_) => Self::Newest(0),
+        }
+    }
+}
+
 /// What a forward pass reads, and where it writes.
 pub(super) struct Forward<'a> {
     pub(super) inputs: [DeviceRef<'a>; 3],
@@ -503,6 +535,8 @@ pub(super) struct Forward<'a> {
     pub(super) log2_rem: Arg,
     pub(super) with_log: bool,
     pub(super) sticks: Arg,
+    /// [`Kept::newest`].
+    pub(super) kept: usize,
     pub(super) first_blocks: Arg,
 }
 
@@ -567,19 +601,30 @@ impl TensorCores {
     }
 
     /// Two sticks a word.
-    fn scratch_for_sticks(&self, queue: &Queue, heads: usize) -> Result<Scratch> {
-        queue.scratch(DeviceType::U32, heads * self.head_state() / 2)
+    fn scratch_for_sticks(&self, queue: &Queue, heads: usize, kept: Kept) -> Result<Scratch> {
+        let head = match kept {
+            Kept::All => self.head_state(),
+            Kept::Newest(blocks) => self.pieces * blocks * PIECE,
+        };
+        queue.scratch(DeviceType::U32, heads * head / 2)
     }
 
-    /// Whether the state is worth keeping: at most an eighth of what q, k, v and o take. One entry of each piece is the
-    /// remainder, which does not count.
-    fn keeps_sticks(&self, layout: &AttentionLayout) -> bool {
-        if self.hopper.as_ref().is_some_and(|hopper| hopper.rebuild) {
-            return false;
+    /// How much of the state is worth keeping: what takes at most an eighth of q, k, v and o. One entry of each piece is the
+    /// remainder, which does not count where all is kept.
+    fn kept(&self, layout: &AttentionLayout) -> Kept {
+        // A part of it is known to the Hopper kernels alone.
+        let parts = |hopper: &&Hopper| hopper.forward.is_some() && hopper.sticks.is_some();
+        let hopper = self.hopper.as_ref();
+        if let Some(blocks) = hopper.and_then(|hopper| hopper.kept) {
+            return Kept::Newest(hopper.filter(parts).map_or(0, |_| blocks / 2 * 2));
         }
-        let state = layout.query_heads * (self.entries - self.pieces.min(self.entries)) * PIECE * STICK_BYTES;
+        let block = layout.query_heads * PIECE * STICK_BYTES;
         let heads = 2 * (layout.query_heads + layout.kv_heads);
-        8 * state <= layout.tokens * heads * layout.head_dim * DeviceType::Bf16.size()
+        let most = layout.tokens * heads * layout.head_dim * DeviceType::Bf16.size() / 8;
+        if (self.entries - self.pieces.min(self.entries)) * block <= most {
+            return Kept::All;
+        }
+        Kept::Newest(hopper.filter(parts).map_or(0, |_| most / (self.pieces * block) / 2 * 2))
     }
 
     /// What a product q . k is multiplied by to be the binary logarithm of the odds. A score that nobody sees is -infinity
@@ -614,7 +659,7 @@ impl TensorCores {
             return hopper.run(queue, spec, (self.entries, self.pieces), Self::factor(spec), call);
         }
         let list = self.query_tiles.list().into();
-        let Forward { inputs: [q, k, v], o, rem, log2_rem, with_log, sticks, first_blocks } = call;
+        let Forward { inputs: [q, k, v], o, rem, log2_rem, with_log, sticks, kept: _, first_blocks } = call;
         let [a, b, c, d, e, f, g, h, i, j, factor] = self.sizes(spec, 0);
         let arguments = [
             q.into(),
@@ -663,10 +708,16 @@ impl TensorCores {
         // What a head needs: the sums, or on Hopper the chains, and the state where it is rebuilt.
         let (sums_bytes, sticks_bytes) = (self.head_state() * size_of::<f32>(), self.head_state() * STICK_BYTES);
         let chain_bytes = one_kernel.map(|_| hopper::backward::Chains::head_bytes(layout.head_dim, self.pieces));
-        let rebuilt_bytes = if saved.is_some() { 0 } else { sticks_bytes };
+        // All of it is there, or part of it, or nothing.
+        let kept = self.kept(layout);
+        let whole = saved.filter(|_| kept == Kept::All);
+        let rebuilt_bytes = if whole.is_some() { 0 } else { sticks_bytes };
         let group_bytes = group * (rebuilt_bytes + chain_bytes.unwrap_or(sums_bytes));
         let groups = (STATE_BYTES / group_bytes.max(1)).clamp(1, layout.kv_heads);
-        let mut rebuilt = if saved.is_some() { None } else { Some(self.scratch_for_sticks(queue, groups * group)?) };
+        let mut rebuilt = match whole {
+            Some(_) => None,
+            None => Some(self.scratch_for_sticks(queue, groups * group, Kept::All)?),
+        };
         let null = Arg::optional(None);
         for first_group in (0..layout.kv_heads).step_by(groups) {
             let kv_heads = groups.min(layout.kv_heads - first_group);
@@ -678,7 +729,18 @@ impl TensorCores {
                 let (sticks, first_blocks) = (Arg::from(&mut rebuilt.as_mut()), Arg::optional(first_blocks));
                 let heads = first_head..first_head + heads;
                 run("sticks", &mut || {
-                    hopper.run(queue, spec, state, Self::factor(spec), heads.clone(), [q, k], first_blocks, sticks)
+                    let saved = (saved, kept.newest());
+                    hopper.run(
+                        queue,
+                        spec,
+                        state,
+                        Self::factor(spec),
+                        heads.clone(),
+                        [q, k],
+                        first_blocks,
+                        saved,
+                        sticks,
+                    )
                 })?;
             } else if let Some(rebuilt) = &mut rebuilt {
                 let arguments = [
@@ -707,7 +769,7 @@ impl TensorCores {
                 let launch = self.query_tiles.launch(heads, 32 * Shape::WARPS, self.shape.sticks_shared());
                 run("sticks", &mut || queue.launch(&self.sticks, launch, &arguments))?;
             }
-            let sticks = match (saved, &rebuilt) {
+            let sticks = match (whole, &rebuilt) {
                 (Some(saved), _) => saved.slice(first_head * self.head_state() / 2..saved.len()).into(),
                 (None, Some(rebuilt)) => rebuilt.as_ref().into(),
                 (None, None) => null,

@@ -134,6 +134,7 @@ impl Forward {
             int(self.section),
             int(entries),
             int(pieces),
+            int(call.kept),
             int(usize::from(spec.attend_current)),
             factor.into(),
             spec.threshold().into(),

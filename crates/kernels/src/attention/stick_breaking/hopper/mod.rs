@@ -60,13 +60,14 @@ pub struct Choice {
     pub sticks: Option<sticks::Tuning>,
     /// dq, dk and dv.
     pub backward: Option<backward::Tuning>,
-    /// Whether the state is rebuilt even where it is small enough to be kept: for tests.
-    pub rebuild: bool,
+    /// Blocks of keys of each piece of 64 queries whose state is kept, those next to it; an even number. None: as many as an
+    /// eighth of q, k, v and o holds. The rest is rebuilt. Some if all three are chosen, otherwise all or none. For tests.
+    pub kept: Option<usize>,
 }
 
 impl Choice {
     /// The portable kernels for every pass.
-    pub const NONE: Self = Self { forward: None, sticks: None, backward: None, rebuild: false };
+    pub const NONE: Self = Self { forward: None, sticks: None, backward: None, kept: None };
 
     /// All passes, each as it was fastest for the head dim.
     pub fn new(head_dim: usize) -> Self {
@@ -74,7 +75,7 @@ impl Choice {
             forward: Some(forward::Tuning::new(head_dim)),
             sticks: Some(sticks::Tuning::new(head_dim)),
             backward: Some(backward::Tuning::new(head_dim)),
-            rebuild: false,
+            kept: None,
         }
     }
 
@@ -85,7 +86,7 @@ impl Choice {
         let backward = backward::Tuning::candidates(head_dim).into_iter();
         forward
             .map(|tuning| Self { forward: Some(tuning), ..Self::NONE })
-            .chain(sticks.map(|tuning| Self { sticks: Some(tuning), rebuild: true, ..Self::NONE }))
+            .chain(sticks.map(|tuning| Self { sticks: Some(tuning), kept: Some(0), ..Self::NONE }))
             .chain(backward.map(|tuning| Self { backward: Some(tuning), ..Self::NONE }))
             .collect()
     }
@@ -215,7 +216,7 @@ pub(super) struct Hopper {
     pub(super) forward: Option<forward::Forward>,
     pub(super) sticks: Option<sticks::Sticks>,
     pub(super) backward: Option<backward::Backward>,
-    pub(super) rebuild: bool,
+    pub(super) kept: Option<usize>,
 }
 
 impl Hopper {
@@ -229,19 +230,14 @@ impl Hopper {
         if let Some(refusal) = refusal(queue, layout) {
             return Err(refusal);
         }
-        let Choice { forward, sticks, backward, rebuild } = choice;
+        let Choice { forward, sticks, backward, kept } = choice;
         let forward = forward.map(|of| forward::Forward::new(queue, layout, tiles(of.tile_size())?, of));
         let sticks = sticks.map(|of| sticks::Sticks::new(queue, layout, tiles(of.tile_size())?, of));
         let backward = backward.map(|of| {
             let tiles = [tiles(backward::TILE_SIZE)?, tiles(backward::FINISH_SIZE)?];
             backward::Backward::new(queue, layout, tiles, of)
         });
-        Ok(Self {
-            forward: forward.transpose()?,
-            sticks: sticks.transpose()?,
-            backward: backward.transpose()?,
-            rebuild,
-        })
+        Ok(Self { forward: forward.transpose()?, sticks: sticks.transpose()?, backward: backward.transpose()?, kept })
     }
 }
 

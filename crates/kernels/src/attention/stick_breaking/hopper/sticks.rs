@@ -75,7 +75,8 @@ impl Sticks {
         Ok(Self { kernel: Persistent::new(queue, OP, source, tiles, layout.query_heads, block)?, section })
     }
 
-    /// Writes the state of the query heads `heads` to `sticks`.
+    /// Writes the state of the query heads `heads` to `sticks`: of each piece's newest `kept` blocks what is `saved` of all
+    /// heads, of older ones what follows from it.
     #[expect(clippy::too_many_arguments, reason = "each is a tensor or a size of its own")]
     pub(in super::super) fn run(
         &self,
@@ -86,6 +87,7 @@ impl Sticks {
         heads: Range<usize>,
         [q, k]: [DeviceRef<'_>; 2],
         first_blocks: Arg,
+        (saved, kept): (Option<DeviceRef<'_>>, usize),
         sticks: Arg,
     ) -> Result<()> {
         let layout = &spec.layout;
@@ -100,6 +102,7 @@ impl Sticks {
         let arguments = [
             k.into(),
             sticks,
+            Arg::optional(saved),
             first_blocks,
             DeviceRef::into(self.kernel.tiles.list()),
             Arg::from(&mut ticket.as_mut()),
@@ -112,6 +115,7 @@ impl Sticks {
             int(self.section),
             int(entries),
             int(pieces),
+            int(kept),
             int(usize::from(spec.attend_current)),
             factor.into(),
         ];
