@@ -355,14 +355,16 @@ DEVICE void consume(const Forward& p, u8* shared) {
         const int piece_end = min(first + PIECE, tile.length);
         const int piece_blocks = exists ? visible_blocks(piece_end, p.own_key) : 0;
         const int newest = exists ? visible_blocks<TILE_KEYS>(piece_end, p.own_key) - 1 : -1;
-        auto oldest_kept = [&]() { return p.kept == 0 ? 0 : first_kept(piece_blocks, p.kept); };
-        auto first_stick = [&](int piece) {
-            return p.kept == 0 ? (i64)head * p.entries + first_entry(tile, piece)
-                               : kept_entry((i64)head * p.pieces + tile.piece + piece, p.kept, oldest_kept());
-        };
+        // The oldest tile whose state this lane writes, and where it would write that of the oldest one.
         Stick* sticks = nullptr;
-        if (p.sticks != nullptr && exists && c < 2)
-            sticks = p.sticks + (first_stick(piece) + c) * PIECE + (row & (PIECE - 1));
+        int last_kept = newest + 1;
+        if (p.sticks != nullptr && exists && c < 2) {
+            const int first = p.kept == 0 ? 0 : first_kept(piece_blocks, p.kept);
+            const i64 entry = p.kept == 0 ? (i64)head * p.entries + first_entry(tile, piece)
+                                          : kept_entry((i64)head * p.pieces + tile.piece + piece, p.kept, first);
+            sticks = p.sticks + (entry + c) * PIECE + (row & (PIECE - 1));
+            last_kept = first / (TILE_KEYS / KEYS);
+        }
         // Rows past the document's end have no stick, so they never keep a tile alive.
         float stick[2], edge[2];
 #pragma unroll
@@ -388,7 +390,7 @@ DEVICE void consume(const Forward& p, u8* shared) {
         };
         // Keeps the state past tile n; whether the piece needs older tiles.
         auto finish_tile = [&](int n) {
-            if (sticks != nullptr && 2 * n + c < piece_blocks && 2 * n >= oldest_kept()) {
+            if (n >= last_kept && 2 * n + c < piece_blocks) {
 #pragma unroll
                 for (int r = 0; r < 2; r++) sticks[(i64)(2 * n) * PIECE + 8 * r] = pack_stick(c == 0 ? stick[r] : edge[r]);
             }

@@ -1,12 +1,13 @@
-// Rebuilds the state of stick-breaking attention on Hopper (sm_90a) where the forward pass did not keep it: bf16, head dims
-// 64 and 128. It computes and writes what the sticks pass of stick_breaking.cu does: what each row has left of its stick
-// past each block of keys, down to the oldest block that the forward pass visited.
+// Rebuilds the state of stick-breaking attention on Hopper (sm_90a) where the forward pass did not keep all of it: bf16, head
+// dims 64 and 128. It writes what the sticks pass of stick_breaking.cu does: what each row has left of its stick past each
+// block of keys, down to the oldest block that the forward pass visited. What was kept, of the blocks next to a piece, it
+// copies, and goes on from there.
 //
 // A persistent block of one producer warp and WARPGROUPS consumer warpgroups takes items (a tile of 64 WARPGROUPS rows of one
 // head) by an atomic ticket, the longest first. A consumer warpgroup has one piece of 64 rows. The producer copies Q once
 // per item, then K in tiles of 128 keys from the newest to the oldest through a ring of stages, permuted as everywhere
-// (hopper.cuh). While one warpgroup scans a tile, the products of the others run on the tensor cores. All agree on the
-// tiles of an item without a word, and a warpgroup passes over those that only other pieces need.
+// (hopper.cuh). While a warpgroup scans a tile, its products for the next one run on the tensor cores. All agree on the tiles
+// of an item without a word, and a warpgroup passes over those that only other pieces need.
 //
 // Memory past the rows of a document. What lies in Q behind the document's last row only reaches rows without a stick, whose
 // state nobody reads; keys behind it are hidden. A tensor map reads no further than the tensor; tiles that start within its last
@@ -22,10 +23,6 @@
 #ifndef STAGES
 #define STAGES 4
 #endif
-// 1: the warpgroups take turns: one computes scores at a time.
-#ifndef TURNS
-#define TURNS 1
-#endif
 
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one or two chunks of 64 columns");
 static_assert(KEYS == 64, "two blocks of the state make a tile of keys");
@@ -37,7 +34,7 @@ constexpr int KEY_CHUNK_BYTES = TILE_KEYS * 128, QUERY_CHUNK_BYTES = PIECE * 128
 constexpr int TILE_BYTES = COLUMN_CHUNKS * KEY_CHUNK_BYTES, PIECE_BYTES = COLUMN_CHUNKS * QUERY_CHUNK_BYTES;
 constexpr int ROWS = PIECE * WARPGROUPS;
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
-constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = WARPGROUPS > 3 ? 112 : WARPGROUPS > 2 ? 152 : 208;
+constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = WARPGROUPS > 2 ? 160 : 208;
 static_assert(PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS <= (1 + WARPGROUPS) * launch_registers(THREADS), "too many registers");
 
 struct Item {
@@ -197,14 +194,6 @@ DEVICE void consume(const Sticks& p, u8* shared) {
         if (lane == 0) barrier_arrive(shared_address(&empty));
     };
     auto wait_tile = [&]() { barrier_wait(shared_address(&control.full[at.stage]), at.parity); };
-    const int turn = 1 + group, next_turn = 1 + (group + 1) % WARPGROUPS;
-    auto take_turn = [&]() {
-        if (TURNS) named_wait(turn, 256);
-    };
-    auto pass_turn = [&]() {
-        if (TURNS) named_arrive(next_turn, 256);
-    };
-    if (TURNS && group == WARPGROUPS - 1) pass_turn();
     auto release_tile = [&]() {
         release(control.empty[at.stage]);
         at.advance<STAGES>();
@@ -251,23 +240,12 @@ DEVICE void consume(const Sticks& p, u8* shared) {
                 *(uint4*)(first_stick + i * 8) = *(const uint4*)(saved + i * 8);
         }
 
-        for (int n = newest; n >= oldest; n--) {
-            wait_tile();
-            take_turn();
-            if (n > own_newest || n < own_oldest) {
-                pass_turn();
-                release_tile();
-                continue;
-            }
-            float s[TILE_KEYS / 2];
-            const u64 k_operand = operand(ring + at.stage * TILE_BYTES, 0);
+        auto start_scores = [&](float (&s)[TILE_KEYS / 2]) {
             products_begin();
-            multiply_rows<QUERY_CHUNK_BYTES, KEY_CHUNK_BYTES>(s, q_operand, k_operand);
+            multiply_rows<QUERY_CHUNK_BYTES, KEY_CHUNK_BYTES>(s, q_operand, operand(ring + at.stage * TILE_BYTES, 0));
             products_commit();
-            products_wait<0>();
-            pin(s);
-            pass_turn();
-            release_tile();
+        };
+        auto scan = [&](float (&s)[TILE_KEYS / 2], int n) {
             if (n == own_newest) {
                 // The only tile with hidden keys.
                 const float hidden = p.factor < 0.0f ? INFINITY_F : -INFINITY_F;
@@ -285,6 +263,37 @@ DEVICE void consume(const Sticks& p, u8* shared) {
 #pragma unroll
                 for (int r = 0; r < 2; r++) sticks[(i64)(2 * n) * PIECE + 8 * r] = pack_stick(c == 0 ? stick[r] : edge[r]);
             }
+        };
+        auto pass_over = [&](int from, int to) {
+            for (int n = from; n > to; n--) {
+                wait_tile();
+                release_tile();
+            }
+        };
+        if (own_newest < own_oldest) {
+            pass_over(newest, oldest - 1);
+        } else {
+            pass_over(newest, own_newest);
+            float s[TILE_KEYS / 2], next[TILE_KEYS / 2];
+            wait_tile();
+            start_scores(s);
+            products_wait<0>();
+            pin(s);
+            // The scores of the next tile are computed while one is scanned; behind the last one those of whatever is there.
+            auto step = [&](float (&s)[TILE_KEYS / 2], float (&next)[TILE_KEYS / 2], int n) {
+                release_tile();
+                if (n > own_oldest) wait_tile();
+                start_scores(next);
+                scan(s, n);
+                products_wait<0>();
+                pin(next);
+            };
+            for (int n = own_newest; n >= own_oldest; n -= 2) {
+                step(s, next, n);
+                if (n == own_oldest) break;
+                step(next, s, n - 1);
+            }
+            pass_over(own_oldest - 1, oldest - 1);
         }
         // Q is read.
         release(control.q_empty);

@@ -20,20 +20,17 @@ pub struct Tuning {
     pub warpgroups: usize,
     /// Tiles of keys that shared memory holds.
     pub stages: usize,
-    /// Whether one warpgroup computes scores at a time.
-    pub turns: bool,
 }
 
 impl Tuning {
     /// The default for a head dim.
     pub fn new(_head_dim: usize) -> Self {
-        Self { warpgroups: 3, stages: 4, turns: true }
+        Self { warpgroups: 3, stages: 4 }
     }
 
     /// Choices worth measuring for a head dim.
     pub fn candidates(head_dim: usize) -> Vec<Self> {
-        let with = |turns| [3, 4].map(|warpgroups| Self { warpgroups, turns, ..Self::new(head_dim) });
-        [false, true].into_iter().flat_map(with).collect()
+        [2, 3].map(|warpgroups| Self { warpgroups, ..Self::new(head_dim) }).into()
     }
 
     /// The kernel of a head dim, for compiling it ahead.
@@ -42,7 +39,6 @@ impl Tuning {
             ("HEAD_DIM", head_dim.to_string()),
             ("WARPGROUPS", self.warpgroups.to_string()),
             ("STAGES", self.stages.to_string()),
-            ("TURNS", u8::from(self.turns).to_string()),
         ];
         source!("stick_breaking_hopper_sticks.cu", defines)
     }
