@@ -63,6 +63,8 @@
 #define AHEAD (HEAD_DIM > 64 ? 0 : 1)
 #endif
 
+// Places are counted without end; three stages would lose count at 2^32 of them, but a block has 2^29 at most: the sums of all
+// that it adds to are in memory.
 static_assert(STAGES >= 2 && STAGES <= 4, "a stage is given back when the next one is in use, and two bits hold its number");
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one or two chunks of 64 columns");
 static_assert(KEYS == 64 && PIECE == 64, "blocks of keys and pieces of queries are tiles of 64 rows");
@@ -85,7 +87,7 @@ constexpr int HALF = HEAD_DIM / 2;
 constexpr int HAS_PIECE = 1, AT_EDGE = 2, BEFORE = 4;
 // There is no further item.
 constexpr int DONE = -1;
-// Pieces between the one that is scanned and the one whose dQ is added.
+// How many pieces later the dQ of a piece is added.
 constexpr int LATE = AHEAD ? 1 : 2;
 
 struct Item {
@@ -578,12 +580,12 @@ DEVICE void consume(const Backward& p, u8* shared) {
     auto base = [&](u32 w) { return w & ~1023u; };
     auto mine = [&](u32 w) { return w >> 3 & 1; };
     auto place = [&](u32 w) { return w & 7; };
-    auto stage_of = [&](u32 w) { return w >> 4 & 3; };
+    auto stage_number = [&](u32 w) { return w >> 4 & 3; };
     auto stage_parity = [&](u32 w) { return w >> 6 & 1; };
-    auto stage_before = [&](u32 w) { return stage_of(w) == 0 ? STAGES - 1 : stage_of(w) - 1; };
+    auto stage_before = [&](u32 w) { return stage_number(w) == 0 ? STAGES - 1 : stage_number(w) - 1; };
     auto next = [&](u32 w) {
         const u32 then = w & ~7u | (w + 1 & 7);
-        return stage_of(w) == STAGES - 1 ? (then ^ 64) & ~48u : then + 16;
+        return stage_number(w) == STAGES - 1 ? (then ^ 64) & ~48u : then + 16;
     };
     auto thread = [&]() { return thread_again() & 127; };
     auto k_shared = [&](u32 w) { return base(w) + mine(w) * 2 * TILE_BYTES; };
@@ -600,7 +602,7 @@ DEVICE void consume(const Backward& p, u8* shared) {
         return (t >> 1 & 48) + (t >> 2 & 7);
     };
     auto wait_own = [&]() { named_wait(thread_again() >> 7, 128); };
-    auto stage_at = [&](u32 w) { return base(w) + STAGES_AT + stage_of(w) * 2 * TILE_BYTES; };
+    auto stage_at = [&](u32 w) { return base(w) + STAGES_AT + stage_number(w) * 2 * TILE_BYTES; };
     // Of something in control.
     auto address = [&](u32 w, u32 offset) { return base(w) + CONTROL_AT + offset; };
     auto arrive = [&](u32 w, u32 offset) {
@@ -639,27 +641,27 @@ DEVICE void consume(const Backward& p, u8* shared) {
         // What the next stage is, which is there then.
         int use;
         auto look = [&](u32 w) {
-            barrier_wait(address(w, OFFSET(full[stage_of(w)])), stage_parity(w));
-            use = same(load_int(address(w, OFFSET(stages[stage_of(w)].use[mine(w)]))));
+            barrier_wait(address(w, OFFSET(full[stage_number(w)])), stage_parity(w));
+            use = same(load_int(address(w, OFFSET(stages[stage_number(w)].use[mine(w)]))));
             return (use & HAS_PIECE) != 0;
         };
         // What the copies of the next stage, which is AT_EDGE, left open: rows past the document's end become zeros without a
         // stick, and to the piece's newest block a whole stick is left.
         auto complete = [&](u32 w) {
             const volatile Item& item = control.item;
-            const int piece = *(volatile int*)&control.stages[stage_of(w)].piece, in_piece = thread() >> 1;
+            const int piece = *(volatile int*)&control.stages[stage_number(w)].piece, in_piece = thread() >> 1;
             const int valid = item.tile.length - piece * PIECE;
             const int block = item.tile.first / KEYS + (int)mine(w);
             if (in_piece >= valid) {
                 // Half a row per thread. Both warpgroups do so, each ahead of its own products.
-                u8* to = shared + STAGES_AT + stage_of(w) * 2 * TILE_BYTES + thread() * 64;
+                u8* to = shared + STAGES_AT + stage_number(w) * 2 * TILE_BYTES + thread() * 64;
 #pragma unroll
                 for (int chunk = 0; chunk < 2 * COLUMN_CHUNKS; chunk++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) *(uint4*)(to + chunk * CHUNK_BYTES + i * 16) = make_uint4(0, 0, 0, 0);
-                control.sticks[stage_of(w)][mine(w)][in_piece] = pack_stick(0.0f);
+                control.sticks[stage_number(w)][mine(w)][in_piece] = pack_stick(0.0f);
             } else if (block + 1 >= visible_blocks(piece * PIECE + min(valid, PIECE), p.own_key)) {
-                control.sticks[stage_of(w)][mine(w)][in_piece] = pack_stick(1.0f);
+                control.sticks[stage_number(w)][mine(w)][in_piece] = pack_stick(1.0f);
             }
             publish_shared();
             wait_own();
@@ -668,7 +670,7 @@ DEVICE void consume(const Backward& p, u8* shared) {
         // block that the piece does not visit.
         auto hide = [&]() {
             const volatile Item& item = control.item;
-            const volatile Stage& stage = control.stages[stage_of(state)];
+            const volatile Stage& stage = control.stages[stage_number(state)];
             const int first = item.tile.first + (int)mine(state) * KEYS, piece = stage.piece;
             const int length = first < stage.oldest * KEYS ? 0 : item.tile.length, first_key = first + (thread_again() & 3) * OWN;
             const int first_row = piece * PIECE + row();
@@ -685,6 +687,10 @@ DEVICE void consume(const Backward& p, u8* shared) {
         // dQ of the piece of a place, once both warpgroups have its dz: half of the columns.
         auto await_scores = [&](u32 w, u32 of) {
             barrier_wait(address(w, OFFSET(dz_full[buffer_of(of)])), turn_of(of));
+        };
+        // The place's buffer for dz, once both have read what was in it.
+        auto await_empty = [&](u32 w) {
+            barrier_wait(address(w, OFFSET(dz_empty[buffer_of(w)])), turn_of(w) ^ 1);
         };
         auto start_queries = [&](u32 w, u32 of) {
             const u32 dz = base(w) + SCORES_AT + (2 + buffer_of(of)) * CHUNK_BYTES;
@@ -739,6 +745,8 @@ DEVICE void consume(const Backward& p, u8* shared) {
             };
             if (AHEAD) {
                 start_g();
+                // Where the answer, which is there, has time; behind the sums it costs 2%.
+                await_empty(w);
             } else {
                 // At first there is no such piece, and the product means nothing and is not added: ptxas wants the same products
                 // on every path.
@@ -762,7 +770,7 @@ DEVICE void consume(const Backward& p, u8* shared) {
             // Not where they are needed: loads take long while products read shared memory.
             Stick newer[2];
             {
-                const u32 sticks = address(state, OFFSET(sticks[stage_of(state)][mine(state)])) + row() * 2;
+                const u32 sticks = address(state, OFFSET(sticks[stage_number(state)][mine(state)])) + row() * 2;
 #pragma unroll
                 for (int r = 0; r < 2; r++) newer[r] = load_stick(sticks + 16 * r);
             }
@@ -801,12 +809,12 @@ DEVICE void consume(const Backward& p, u8* shared) {
                 pin_one(before[r]);
             }
             // The older block passes its sums on to the newer one, and that to the next item.
-            if (mine(then) == 0) barrier_wait(address(then, OFFSET(summed[stage_of(then)])), stage_parity(then));
+            if (mine(then) == 0) barrier_wait(address(then, OFFSET(summed[stage_number(then)])), stage_parity(then));
             else barrier_wait(address(then, OFFSET(passed[then & 3])), then >> 2 & 1);
             // Which piece it is: only the newer block asks, but loads take long.
-            const u32 stage = base(then) + TOLD_AT + stage_of(then) * sizeof(Stage);
+            const u32 stage = base(then) + TOLD_AT + stage_number(then) * sizeof(Stage);
             const int slot = load_int(stage), block = load_int(stage + 4);
-            const u32 sums = base(then) + SUMS_AT + ((stage_of(then) * WARPGROUPS + mine(then)) * PIECE + row()) * 4;
+            const u32 sums = base(then) + SUMS_AT + ((stage_number(then) * WARPGROUPS + mine(then)) * PIECE + row()) * 4;
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 before[r] += load_float(sums + 32 * r);
@@ -820,10 +828,10 @@ DEVICE void consume(const Backward& p, u8* shared) {
                 arrive(then, OFFSET(passed[then & 3]));
             } else {
                 u64* to = p.sums + (i64)slot * PIECE + row();
-                const u64 next = (u64)(block + WARPGROUPS) << 32;
+                const u64 number = (u64)(block + WARPGROUPS) << 32;
 #pragma unroll
                 for (int r = 0; r < 2; r++)
-                    if (newest_lane) store_relaxed(to + 8 * r, next | __float_as_uint(grown[r]));
+                    if (newest_lane) store_relaxed(to + 8 * r, number | __float_as_uint(grown[r]));
             }
             if (AHEAD) {
                 products_wait<1>();
@@ -833,8 +841,7 @@ DEVICE void consume(const Backward& p, u8* shared) {
                     add_queries(then, place(then) - 1, await_turn(then, place(then) - 1));
                 }
             }
-            // A turn for the piece before this one says as much: both warpgroups had added dQ of the one before that.
-            if (!AHEAD || !one) barrier_wait(address(then, OFFSET(dz_empty[buffer_of(then)])), turn_of(then) ^ 1);
+            if (!AHEAD) await_empty(then);
             differentiate(e, keep, g, before, score_lane(state) + dz_at(state));
             publish_shared();
             arrive(then, OFFSET(dz_full[buffer_of(then)]));
@@ -864,10 +871,10 @@ DEVICE void consume(const Backward& p, u8* shared) {
         }
         // The last stage has no piece: its barriers, in the order of those of a piece. The sum keeper's, too, or the producer could
         // be two rounds ahead of it.
-        if (mine(end) == 0) barrier_wait(address(end, OFFSET(summed[stage_of(end)])), stage_parity(end));
-        arrive(end, OFFSET(empty[stage_of(end)]));
+        if (mine(end) == 0) barrier_wait(address(end, OFFSET(summed[stage_number(end)])), stage_parity(end));
+        arrive(end, OFFSET(empty[stage_number(end)]));
         if (mine(end) == 0) arrive(end, OFFSET(passed[end & 3]));
-        barrier_wait(address(end, OFFSET(dz_empty[buffer_of(end)])), turn_of(end) ^ 1);
+        await_empty(end);
         arrive(end, OFFSET(dz_full[buffer_of(end)]));
         barrier_wait(address(end, OFFSET(dz_full[buffer_of(end)])), turn_of(end));
         arrive(end, OFFSET(dz_empty[buffer_of(end)]));

@@ -1,5 +1,6 @@
 // The forward pass of stick-breaking attention on Hopper (sm_90a): bf16, head dims 64 and 128. It computes and writes what
-// `forward` in stick_breaking.cu does, with the same state, so that any backward pass goes on from it.
+// `forward` in stick_breaking.cu does, with the same state, so that any backward pass goes on from it, or the part of the state
+// next to each row, from which stick_breaking_hopper_sticks.cu goes on.
 //
 // A persistent block of one producer warp and WARPGROUPS consumer warpgroups takes items (a tile of 64 WARPGROUPS rows of one
 // head) by an atomic ticket, the longest first. A consumer warpgroup has one piece of 64 rows. The producer copies Q once
@@ -89,7 +90,7 @@ struct Forward {
     int tokens, tile_count, heads, group, section;
     // State entries and pieces of one head.
     int entries, pieces;
-    // Newest blocks of a piece whose state is kept; 0: all of them, in the order of the portable kernels.
+    // At most so many of a piece's newest blocks have their state kept; 0: all have, in the order of the portable kernels.
     int kept;
     int own_key;
     float factor, threshold;
@@ -359,11 +360,11 @@ DEVICE void consume(const Forward& p, u8* shared) {
         Stick* sticks = nullptr;
         int last_kept = newest + 1;
         if (p.sticks != nullptr && exists && c < 2) {
-            const int first = p.kept == 0 ? 0 : first_kept(piece_blocks, p.kept);
+            const int oldest = p.kept == 0 ? 0 : first_kept(piece_blocks, p.kept);
             const i64 entry = p.kept == 0 ? (i64)head * p.entries + first_entry(tile, piece)
-                                          : kept_entry((i64)head * p.pieces + tile.piece + piece, p.kept, first);
+                                          : kept_entry((i64)head * p.pieces + tile.piece + piece, p.kept, oldest);
             sticks = p.sticks + (entry + c) * PIECE + (row & (PIECE - 1));
-            last_kept = first / (TILE_KEYS / KEYS);
+            last_kept = oldest / (TILE_KEYS / KEYS);
         }
         // Rows past the document's end have no stick, so they never keep a tile alive.
         float stick[2], edge[2];

@@ -58,7 +58,7 @@ constexpr int RING = WARPGROUPS * PIECE_BYTES, CONTROL = RING + STAGES * TILE_BY
 struct Sticks {
     const bf16* k;
     Stick* sticks;
-    // What the forward pass kept of all heads: of each piece the newest `kept` blocks. Null: nothing.
+    // What the forward pass kept of all heads: of each piece the newest blocks, at most `kept`. Null: nothing.
     const Stick* saved;
     const int* first_blocks;
     const int* tiles;
@@ -233,7 +233,7 @@ DEVICE void consume(const Sticks& p, u8* shared) {
             // The walk goes on from there, if it goes that far.
 #pragma unroll
             for (int r = 0; r < 2; r++)
-                if (first_saved > 0) stick[r] = to_float(saved[(i64)first_saved * PIECE + (row & (PIECE - 1)) + 8 * r]);
+                if (first_saved > oldest_block) stick[r] = to_float(saved[(i64)first_saved * PIECE + (row & (PIECE - 1)) + 8 * r]);
             // 8 sticks per thread.
             constexpr int UNITS = PIECE / 8;
             for (int i = max(first_saved, oldest_block) * UNITS + thread; i < piece_blocks * UNITS; i += 128)
@@ -247,7 +247,7 @@ DEVICE void consume(const Sticks& p, u8* shared) {
         };
         auto scan = [&](float (&s)[TILE_KEYS / 2], int n) {
             if (n == own_newest) {
-                // The only tile with hidden keys.
+                // The only tile that can have hidden keys.
                 const float hidden = p.factor < 0.0f ? INFINITY_F : -INFINITY_F;
                 const int first_key = n * TILE_KEYS + c * (TILE_KEYS / 4);
 #pragma unroll

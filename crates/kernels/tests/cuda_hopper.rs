@@ -1,5 +1,5 @@
 //! The Hopper kernels of stick-breaking attention against the portable ones and the dense float64 reference, with a state that
-//! was kept and one that is rebuilt; either with the other's state; and their parts alone. Prints a line per case; run with `--nocapture`.
+//! was kept, in part, or rebuilt; and their parts alone. Prints a line per case; run with `--nocapture`.
 
 mod attention_support;
 mod cuda_support;
@@ -31,6 +31,17 @@ fn plan(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64>, kernels
 
 /// Both passes by these kernels.
 fn run(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64>, kernels: Kernels) -> Found {
+    run_passes(queue, spec, problem, kernels, kernels)
+}
+
+/// The forward pass by one plan's kernels, the backward pass by another's.
+fn run_passes(
+    queue: &Queue,
+    spec: &StickBreakingSpec,
+    problem: &Problem<f64>,
+    forward: Kernels,
+    backward: Kernels,
+) -> Found {
     let layout = &spec.layout;
     let (width, kv_width) = (layout.query_heads * layout.head_dim, layout.kv_heads * layout.head_dim);
     let rows = layout.tokens * layout.query_heads;
@@ -43,12 +54,12 @@ fn run(queue: &Queue, spec: &StickBreakingSpec, problem: &Problem<f64>, kernels:
     let mut rem = poisoned::<f32>(queue, rows);
     let [mut dq, mut dk, mut dv] = [rows * layout.head_dim, layout.tokens * kv_width, layout.tokens * kv_width]
         .map(|len| poisoned::<bf16>(queue, len));
-    let plan = plan(queue, spec, problem, kernels);
+    let (forward, backward) = (plan(queue, spec, problem, forward), plan(queue, spec, problem, backward));
     let (q, k, v) = (q.as_ref(), k.as_ref(), v.as_ref());
-    let saved = plan.forward(queue, q, k, v, &mut o.as_mut(), Some(&mut rem.as_mut()), None, true).unwrap().unwrap();
+    let saved = forward.forward(queue, q, k, v, &mut o.as_mut(), Some(&mut rem.as_mut()), None, true).unwrap().unwrap();
     let [mut dq_view, mut dk_view, mut dv_view] = [&mut dq, &mut dk, &mut dv].map(Scratch::as_mut);
     let (d_o, drem) = (d_o.as_ref(), Some(drem.as_ref()));
-    plan.backward(queue, q, k, v, d_o, drem, &saved, &mut dq_view, &mut dk_view, &mut dv_view).unwrap();
+    backward.backward(queue, q, k, v, d_o, drem, &saved, &mut dq_view, &mut dk_view, &mut dv_view).unwrap();
     let o = without_gaps(&download::<bf16>(queue, &o), width, layout.output_stride);
     let tensors = [o, download(queue, &dq), download(queue, &dk), download(queue, &dv)];
     Found { tensors, rem: download(queue, &rem), saved }
@@ -482,6 +493,46 @@ fn b8_every_tuning() {
     table.done();
 }
 
+/// A state says itself what is in it: backward passes go on from forward passes of other plans.
+#[test]
+#[ignore = "needs an NVIDIA Hopper GPU"]
+fn c2_any_plan_goes_on_from_any_other() {
+    let mut table = Table::new();
+    for head_dim in [64, 128] {
+        for bits in [0, 24] {
+            let problem = exact(&[700, 90, 330], (4, 2), head_dim, 1.0);
+            let spec = StickBreakingSpec { early_exit_bits: bits, ..StickBreakingSpec::new(problem.layout) };
+            let all = Choice::new(head_dim);
+            let plans = [
+                ("automatic", Kernels::Automatic),
+                ("portable", Kernels::Portable),
+                ("nothing kept", keeping(0, head_dim)),
+                ("2 blocks kept", keeping(2, head_dim)),
+                ("6 blocks kept", keeping(6, head_dim)),
+                (
+                    "portable but for its backward pass",
+                    Kernels::Hopper(Choice { backward: all.backward, ..Choice::NONE }),
+                ),
+            ];
+            let gradients = reference::backward(&spec, &problem.inputs(), &problem.d_o, Some(&problem.d_rem)).unwrap();
+            let expected = [gradients.dq, gradients.dk, gradients.dv];
+            for (first, forward) in plans {
+                for (second, backward) in plans {
+                    let name = format!("{first}, then {second}, head dim {head_dim}, exit {bits}");
+                    let _watchdog = Watchdog::new(&name, PATIENCE);
+                    let found = run_passes(&table.queue, &spec, &problem, forward, backward);
+                    for (i, what) in ["dq", "dk", "dv"].iter().enumerate() {
+                        let error = errors(&wide(&found.tensors[i + 1]), &expected[i], head_dim);
+                        let fine = error.tensor <= 4e-3 && error.row <= 2e-2;
+                        table.expect(&name, fine, || format!("{what} {error:?}"));
+                    }
+                }
+            }
+        }
+    }
+    table.done();
+}
+
 #[test]
 #[ignore = "needs an NVIDIA Hopper GPU"]
 fn b9_calls_that_cannot_run_are_refused() {
@@ -509,7 +560,7 @@ fn many(count: usize, mut seed: u32) -> Vec<bf16> {
     (0..count).map(|_| bf16::from_f32(2.0 * (uniform() + uniform() + uniform()))).collect()
 }
 
-/// So large a state that it is rebuilt, and that the backward pass takes one key/value head at a time.
+/// So large a state that most of it is rebuilt, and that the backward pass takes one key/value head at a time.
 #[test]
 #[ignore = "needs an NVIDIA Hopper GPU"]
 fn c1_heads_in_several_launches() {

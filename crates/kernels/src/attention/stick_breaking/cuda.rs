@@ -70,8 +70,10 @@ pub struct Saved {
     plan: Plan,
     /// u32 `[query_heads, pieces of 64 rows]` in bf16, else `[query_heads, query tiles]`; if early exit is on.
     first_tiles: Option<Scratch>,
-    /// 16 bits each, see [`Kept`]; None if the backward pass rebuilds it.
+    /// 16 bits each; None if the backward pass rebuilds all of it.
     sticks: Option<Scratch>,
+    /// What is in it.
+    kept: Kept,
 }
 
 impl Saved {
@@ -196,16 +198,17 @@ impl Plan {
         };
         let wanted = save && spec.early_exit_bits > 0;
         let mut first_tiles = wanted.then(|| queue.scratch(DeviceType::U32, tiles * layout.query_heads)).transpose()?;
-        let mut sticks = None;
+        let (mut sticks, mut kept) = (None, Kept::Newest(0));
         let mut first = first_tiles.as_mut().map(Scratch::as_mut);
         match path {
             Path::Float(plan) => {
                 plan.stick_breaking_forward(queue, spec, [q, k, v], o, rem, log2_rem, first.as_mut())?;
             }
             Path::TensorCores(kernels) => {
-                let kept = if save { kernels.kept(layout) } else { Kept::Newest(0) };
-                // With the logarithm the kernel is a portable one.
-                let kept = if log2_rem.is_some() { kept.portable() } else { kept };
+                if save {
+                    // With the logarithm the kernel is a portable one.
+                    kept = if log2_rem.is_some() { kernels.kept(layout).portable() } else { kernels.kept(layout) };
+                }
                 if kept != Kept::Newest(0) {
                     sticks = Some(kernels.scratch_for_sticks(queue, layout.query_heads, kept)?);
                 }
@@ -222,7 +225,7 @@ impl Plan {
                 kernels.forward(queue, spec, call)?;
             }
         }
-        Ok(save.then(|| Saved { plan: self.clone(), first_tiles, sticks }))
+        Ok(save.then(|| Saved { plan: self.clone(), first_tiles, sticks, kept }))
     }
 
     /// Writes the gradients of `sum(o * d_o) + sum(rem * drem)`, contiguous whatever the strides of the inputs, in full. d_o
@@ -298,7 +301,7 @@ impl Plan {
         match path {
             Path::Float(plan) => plan.stick_breaking_backward(queue, spec, [q, k, v], d_o, drem, first, gradients),
             Path::TensorCores(kernels) => {
-                let sticks = saved.sticks.as_ref().map(Scratch::as_ref);
+                let sticks = saved.sticks.as_ref().map(|sticks| (sticks.as_ref(), saved.kept));
                 kernels.backward(queue, spec, [q, k, v], d_o, drem, (first, sticks), gradients, run)
             }
         }
@@ -505,7 +508,7 @@ struct TensorCores {
 enum Kept {
     /// every block of keys: u16 `[query_heads, entries, PIECE]` ([`Shape::entries`]).
     All,
-    /// an even number of them, the piece's own and those next to it: u16 `[query_heads, pieces, blocks, PIECE]`.
+    /// at most an even number of them, the piece's own and those next to it: u16 `[query_heads, pieces, blocks, PIECE]`.
     Newest(usize),
 }
 
@@ -698,7 +701,7 @@ impl TensorCores {
         [q, k, v]: [DeviceRef<'_>; 3],
         d_o: DeviceRef<'_>,
         drem: Option<DeviceRef<'_>>,
-        (first_blocks, saved): (Option<DeviceRef<'_>>, Option<DeviceRef<'_>>),
+        (first_blocks, saved): (Option<DeviceRef<'_>>, Option<(DeviceRef<'_>, Kept)>),
         [mut dq, mut dk, mut dv]: [DeviceMut<'_>; 3],
         run: Run<'_>,
     ) -> Result<()> {
@@ -708,9 +711,13 @@ impl TensorCores {
         // What a head needs: the sums, or on Hopper the chains, and the state where it is rebuilt.
         let (sums_bytes, sticks_bytes) = (self.head_state() * size_of::<f32>(), self.head_state() * STICK_BYTES);
         let chain_bytes = one_kernel.map(|_| hopper::backward::Chains::head_bytes(layout.head_dim, self.pieces));
-        // All of it is there, or part of it, or nothing.
-        let kept = self.kept(layout);
-        let whole = saved.filter(|_| kept == Kept::All);
+        // All of it is there, or part of it, which only the Hopper kernel can go on from, or nothing.
+        let (mut whole, mut part) = (None, (None, 0));
+        match saved {
+            Some((sticks, Kept::All)) => whole = Some(sticks),
+            Some((sticks, Kept::Newest(blocks))) => part = (Some(sticks), blocks),
+            None => (),
+        }
         let rebuilt_bytes = if whole.is_some() { 0 } else { sticks_bytes };
         let group_bytes = group * (rebuilt_bytes + chain_bytes.unwrap_or(sums_bytes));
         let groups = (STATE_BYTES / group_bytes.max(1)).clamp(1, layout.kv_heads);
@@ -729,7 +736,6 @@ impl TensorCores {
                 let (sticks, first_blocks) = (Arg::from(&mut rebuilt.as_mut()), Arg::optional(first_blocks));
                 let heads = first_head..first_head + heads;
                 run("sticks", &mut || {
-                    let saved = (saved, kept.newest());
                     hopper.run(
                         queue,
                         spec,
@@ -738,7 +744,7 @@ impl TensorCores {
                         heads.clone(),
                         [q, k],
                         first_blocks,
-                        saved,
+                        part,
                         sticks,
                     )
                 })?;

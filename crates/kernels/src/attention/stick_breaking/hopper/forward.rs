@@ -1,5 +1,5 @@
 //! The forward pass on Hopper cards (`cuda/stick_breaking_hopper_forward.cu`). It writes what the portable kernel writes,
-//! state included.
+//! state included, or of that the part next to each row.
 
 use super::super::StickBreakingSpec;
 use super::super::cuda::{self, PIECE, TileSize, Tiles};

@@ -1,6 +1,6 @@
 //! Kernels of their own for Hopper cards (compute capability 9.0), in bf16 for head dims 64 and 128: wgmma on tiles that the
 //! copy engine brings. Each pass computes and writes what the portable one does, state included, so that any pass can go
-//! on from any other (`docs/kernels-hopper.md`).
+//! on from any other; a part of the state, which is kept of long inputs, only the kernels here know (`docs/kernels-hopper.md`).
 
 use super::cuda::{TileSize, Tiles};
 use crate::attention::AttentionLayout;
@@ -56,12 +56,12 @@ pub enum Turns {
 pub struct Choice {
     /// o, the remainder and the state.
     pub forward: Option<forward::Tuning>,
-    /// The state, where the forward pass did not keep it.
+    /// The state, where the forward pass did not keep all of it.
     pub sticks: Option<sticks::Tuning>,
     /// dq, dk and dv.
     pub backward: Option<backward::Tuning>,
-    /// Blocks of keys of each piece of 64 queries whose state is kept, those next to it; an even number. None: as many as an
-    /// eighth of q, k, v and o holds. The rest is rebuilt. Some if all three are chosen, otherwise all or none. For tests.
+    /// Blocks of keys of each piece of 64 queries whose state is kept at most, those next to it; an even number. None: as many
+    /// as an eighth of q, k, v and o holds. The rest is rebuilt. Without `forward` and `sticks` it is all or none. For tests.
     pub kept: Option<usize>,
 }
 

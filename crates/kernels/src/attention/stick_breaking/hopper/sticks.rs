@@ -1,5 +1,5 @@
 //! The state rebuilt on Hopper cards (`cuda/stick_breaking_hopper_sticks.cu`), for backward passes whose forward pass did
-//! not keep it.
+//! not keep all of it.
 
 use std::ops::Range;
 
@@ -71,7 +71,7 @@ impl Sticks {
         Ok(Self { kernel: Persistent::new(queue, OP, source, tiles, layout.query_heads, block)?, section })
     }
 
-    /// Writes the state of the query heads `heads` to `sticks`: of each piece's newest `kept` blocks what is `saved` of all
+    /// Writes the state of the query heads `heads` to `sticks`: of each piece's newest blocks, at most `kept`, what is `saved` of all
     /// heads, of older ones what follows from it.
     #[expect(clippy::too_many_arguments, reason = "each is a tensor or a size of its own")]
     pub(in super::super) fn run(
