@@ -15,8 +15,8 @@ pub(super) struct Estimate {
     ranks: usize,
 }
 
-/// What the attention keeps of the sticks for its backward pass is at most this share of q, k, v and o; if it would be
-/// more, it is computed again.
+/// What the attention keeps of the sticks for its backward pass is at most this share of q, k, v and o; what would be
+/// more is computed again.
 const STICK_STATE_SHARE: u64 = 8;
 /// Tokens whose logits a GPU holds at once.
 const LOGITS_CHUNK: u64 = 4096;
