@@ -157,6 +157,14 @@ struct Backward {
 // Places are counted through the whole launch, those without a piece too, and so all of their barriers.
 DEVICE u32 stage_of(u32 place) { return place % STAGES; }
 DEVICE u32 parity_of(u32 place) { return place / STAGES & 1; }
+// The same of a stage in one register, of which the producer has few.
+constexpr u32 RING_PARITY = 4;
+struct Ring {
+    u32 word;
+    __device__ __forceinline__ u32 stage() const { return word & 3; }
+    __device__ __forceinline__ u32 parity() const { return word >> 2; }
+    __device__ __forceinline__ void advance() { word = stage() == STAGES - 1 ? (word ^ RING_PARITY) & RING_PARITY : word + 1; }
+};
 // Of what there is twice.
 DEVICE u32 buffer_of(u32 place) { return place & 1; }
 DEVICE u32 turn_of(u32 place) { return place >> 1 & 1; }
@@ -243,7 +251,7 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
     const int lane = threadIdx.x & 31;
     Control& control = *(Control*)(shared + CONTROL_AT);
     // The stages start out empty, and so do the tiles of keys: the producer is one round ahead.
-    u32 at = STAGES;
+    Ring at = {RING_PARITY};
     // The ticket of the first item, too, is taken by a block that runs.
     auto take_ticket = [&]() {
         if (lane == 0) control.next = atomicAdd(p.ticket, 1);
@@ -252,14 +260,14 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
     };
     // Tells the others that a stage has no piece.
     auto push_end = [&](int use) {
-        barrier_wait(shared_address(&control.empty[stage_of(at)]), parity_of(at));
+        barrier_wait(shared_address(&control.empty[at.stage()]), at.parity());
         if (lane == 0) {
 #pragma unroll
-            for (int w = 0; w < WARPGROUPS; w++) control.stages[stage_of(at)].use[w] = use;
-            barrier_arrive(shared_address(&control.told[stage_of(at)]));
-            barrier_arrive(shared_address(&control.full[stage_of(at)]));
+            for (int w = 0; w < WARPGROUPS; w++) control.stages[at.stage()].use[w] = use;
+            barrier_arrive(shared_address(&control.told[at.stage()]));
+            barrier_arrive(shared_address(&control.full[at.stage()]));
         }
-        at++;
+        at.advance();
         __syncwarp();
     };
     for (int index = take_ticket(); index < p.tile_count * p.kv_heads;) {
@@ -300,11 +308,11 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
         if (lane == 0) control.before = 0;
         // Brings a piece of query head `head`, counted from the first one of the launch.
         auto push = [&](int head, int piece, int oldest) {
-            barrier_wait(shared_address(&control.empty[stage_of(at)]), parity_of(at));
+            barrier_wait(shared_address(&control.empty[at.stage()]), at.parity());
             if (lane == 0) {
                 const int first_block = tile.first / KEYS, end = min((piece + 1) * PIECE, tile.length);
                 const int visible = visible_blocks(end, p.own_key) - first_block;
-                Stage& stage = control.stages[stage_of(at)];
+                Stage& stage = control.stages[at.stage()];
                 const int before = control.before;
                 control.before = min(before + BEFORE, 2 * BEFORE);
 #pragma unroll
@@ -317,11 +325,11 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
                 stage.slot = head * p.pieces + tile.piece + piece;
                 stage.oldest = oldest;
                 stage.first_block = first_block;
-                barrier_arrive(shared_address(&control.told[stage_of(at)]));
-                const u32 full = shared_address(&control.full[stage_of(at)]);
+                barrier_arrive(shared_address(&control.told[at.stage()]));
+                const u32 full = shared_address(&control.full[at.stage()]);
                 const u32 sticks = max(min(WARPGROUPS, visible - 1), 0) * PIECE * 2;
                 barrier_expect(full, 2 * TILE_BYTES + sticks);
-                const u32 to = shared_address(shared) + STAGES_AT + stage_of(at) * 2 * TILE_BYTES;
+                const u32 to = shared_address(shared) + STAGES_AT + at.stage() * 2 * TILE_BYTES;
                 const int column = (p.first_kv_head * p.group + head) * HEAD_DIM, row = tile.start + piece * PIECE;
 #pragma unroll
                 for (int chunk = 0; chunk < COLUMN_CHUNKS; chunk++) {
@@ -331,10 +339,10 @@ DEVICE void produce(const Backward& p, const TensorMap& q_map, const TensorMap& 
                 const i64 entry = (u64)(u32)head * (u32)p.entries + tile.entry +
                                   piece * (piece + 1) / 2 * (PIECE / KEYS) + first_block;
                 if (sticks > 0)
-                    copy_bytes(shared_address(control.sticks[stage_of(at)]), p.sticks + (entry + 1) * PIECE, sticks, full);
+                    copy_bytes(shared_address(control.sticks[at.stage()]), p.sticks + (entry + 1) * PIECE, sticks, full);
             }
             __syncwarp();
-            at++;
+            at.advance();
         };
         // First piece of the last 32 or fewer.
         auto last_start = [&]() {
