@@ -157,7 +157,7 @@ struct Backward {
 // Places are counted through the whole launch, those without a piece too, and so all of their barriers.
 DEVICE u32 stage_of(u32 place) { return place % STAGES; }
 DEVICE u32 parity_of(u32 place) { return place / STAGES & 1; }
-// The same of a stage in one register, of which the producer has few.
+// A Place in one register: with two the producer, which has few, spills.
 constexpr u32 RING_PARITY = 4;
 struct Ring {
     u32 word;
@@ -848,8 +848,9 @@ DEVICE void consume(const Backward& p, u8* shared) {
                     arrive(then, OFFSET(dz_empty[buffer_of(place(then) - 1)]));
                     add_queries(then, place(then) - 1, await_turn(then, place(then) - 1));
                 }
+            } else {
+                await_empty(then);
             }
-            if (!AHEAD) await_empty(then);
             differentiate(e, keep, g, before, score_lane(state) + dz_at(state));
             publish_shared();
             arrive(then, OFFSET(dz_full[buffer_of(then)]));

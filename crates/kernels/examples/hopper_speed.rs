@@ -132,7 +132,7 @@ fn describe(choice: &Choice) -> String {
         let overlap = if overlap { " overlap" } else { "" };
         text += &format!("o: {warpgroups} warpgroups, {stages} stages, chunks of {chunk}{overlap}{}", turned(turns));
     }
-    if let Some(sticks::Tuning { warpgroups, stages, .. }) = choice.sticks {
+    if let Some(sticks::Tuning { warpgroups, stages }) = choice.sticks {
         text += &format!("sticks: {warpgroups} warpgroups, {stages} stages");
     }
     if let Some(backward::Tuning { stages, pairs, ahead }) = choice.backward {
