@@ -509,6 +509,7 @@ fn c2_any_plan_goes_on_from_any_other() {
                 ("nothing kept", keeping(0, head_dim)),
                 ("2 blocks kept", keeping(2, head_dim)),
                 ("6 blocks kept", keeping(6, head_dim)),
+                ("more blocks kept than there are", keeping(usize::MAX, head_dim)),
                 (
                     "portable but for its backward pass",
                     Kernels::Hopper(Choice { backward: all.backward, ..Choice::NONE }),

@@ -619,7 +619,9 @@ impl TensorCores {
         let parts = |hopper: &&Hopper| hopper.forward.is_some() && hopper.sticks.is_some();
         let hopper = self.hopper.as_ref();
         if let Some(blocks) = hopper.and_then(|hopper| hopper.kept) {
-            return Kept::Newest(hopper.filter(parts).map_or(0, |_| blocks / 2 * 2));
+            // No document has more.
+            let blocks = blocks.min(self.pieces + 1) / 2 * 2;
+            return Kept::Newest(hopper.filter(parts).map_or(0, |_| blocks));
         }
         let block = layout.query_heads * PIECE * STICK_BYTES;
         let heads = 2 * (layout.query_heads + layout.kv_heads);
